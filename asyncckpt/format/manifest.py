@@ -1,0 +1,183 @@
+"""The records. The existence of `manifest.json` is the commit; everything it vouches for hangs on its digests:
+
+manifest -> size and digest of each file -> prepare record (`state.json`) -> chunk digests -> bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import xxhash
+
+from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.format import names
+from asyncckpt.format.seal import VERSION, seal, unseal
+
+CHUNK_SIZE = 8 << 20
+"""Bytes of image in a chunk (the last of a file may be shorter)."""
+
+MAX_MANIFEST = 64 << 20
+MAX_RECORD = 4 << 30
+
+
+def digest(data: Any) -> str:
+    """xxh3_128 of a buffer, 32 hex digits. Releases the GIL on large buffers."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+def digest_of_chunks(digests: Iterable[str]) -> str:
+    """The digest of a file: that of its chunks' digests, in order, as one ASCII text."""
+    return digest("".join(digests).encode())
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """A file of a checkpoint: its size in bytes, and its digest."""
+
+    size: int
+    digest: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """The commit of one step. `files` are relative to the folder of the attempt."""
+
+    step: int
+    attempt: str
+    sequence: int
+    world: int
+    parts: list[str]
+    files: dict[str, FileRecord]
+    created: str
+    metrics: dict[str, float] = {}
+    format: int = VERSION
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """How one chunk is stored: its codec, its size in the file, and the digest of its decoded bytes."""
+
+    codec: str
+    stored: int
+    digest: str
+
+
+class PartRecord(msgspec.Struct, frozen=True):
+    """One part: its leaf tree, and where its image lies (no file where the part holds no tensor)."""
+
+    tree: msgspec.Raw
+    file: str | None = None
+    size: int = 0
+    chunk_size: int = CHUNK_SIZE
+    chunks: list[Chunk] = []
+
+
+class PrepareRecord(msgspec.Struct, frozen=True):
+    """What one rank has durably written."""
+
+    step: int
+    attempt: str
+    rank: int
+    parts: dict[str, PartRecord]
+    format: int = VERSION
+
+
+class Rewind(msgspec.Struct, frozen=True):
+    """Checkpoints later than `step` with a sequence up to `sequence` were left behind."""
+
+    step: int
+    sequence: int
+
+
+class Rewinds(msgspec.Struct, frozen=True):
+    rewinds: list[Rewind] = []
+    format: int = VERSION
+
+    def covers(self, manifest: Manifest) -> bool:
+        """Whether `manifest` lies on a branch that was left."""
+        return any(manifest.step > r.step and manifest.sequence <= r.sequence for r in self.rewinds)
+
+    @property
+    def sequence(self) -> int:
+        return max((r.sequence for r in self.rewinds), default=0)
+
+
+def encode(record: Manifest | PrepareRecord | Rewinds) -> bytes:
+    return seal(record)
+
+
+def decode_manifest(data: bytes, step: int) -> Manifest:
+    """The manifest of `step`, verified and its names held against the grammar.
+
+    Raises:
+        CorruptCheckpointError: broken seal, wrong step, or a name outside the grammar.
+    """
+    what = f"the manifest of step {step}"
+    manifest = unseal(data, Manifest, what)
+    fits = (
+        manifest.step == step
+        and names.is_attempt(manifest.attempt)
+        and manifest.world >= 1
+        and names.RECORD in manifest.files
+        and all(names.is_data_file(name) and file.size >= 0 for name, file in manifest.files.items())
+        and all(names.is_part(part) for part in manifest.parts)
+        and manifest.files[names.RECORD].size <= MAX_RECORD
+    )
+    if not fits:
+        raise CorruptCheckpointError(f"{what}: its members contradict each other or its place", step=step)
+    return manifest
+
+
+def decode_record(data: bytes, manifest: Manifest) -> PrepareRecord:
+    """The prepare record that `manifest` vouches for.
+
+    Raises:
+        CorruptCheckpointError: it is not the one of the manifest, or its chunk tables do not add up.
+    """
+    step, what = manifest.step, f"{names.RECORD} of step {manifest.step}"
+    known = manifest.files[names.RECORD]
+    if len(data) != known.size or digest(data) != known.digest:
+        raise CorruptCheckpointError(f"{what}: its size or digest is not that of the manifest", step=step)
+    record = unseal(data, PrepareRecord, what)
+    if (record.step, record.attempt) != (step, manifest.attempt) or sorted(record.parts) != sorted(manifest.parts):
+        raise CorruptCheckpointError(f"{what}: it belongs to another attempt than the manifest names", step=step)
+    files = {part.file for part in record.parts.values() if part.file is not None}
+    if files != manifest.files.keys() - {names.RECORD}:
+        raise CorruptCheckpointError(f"{what}: its files are not those of the manifest", step=step)
+    for name, part in record.parts.items():
+        _check_part(name, part, manifest)
+    return record
+
+
+def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
+    def corrupt(why: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"step {manifest.step}, part {name!r}: {why}", step=manifest.step, part=name)
+
+    if part.file is None:
+        if part.size or part.chunks:
+            raise corrupt("it has chunks and no file")
+        return
+    if part.file != names.image_file(name):
+        raise corrupt(f"its file bears the name {part.file!r}")
+    if part.size <= 0 or not 4096 <= part.chunk_size <= 1 << 30:
+        raise corrupt("its sizes are out of bounds")
+    if len(part.chunks) != -(-part.size // part.chunk_size):
+        raise corrupt("its chunk table does not cover its image")
+    for index, chunk in enumerate(part.chunks):
+        if chunk.codec != "raw":
+            raise corrupt(f"chunk {index} has the codec {chunk.codec!r}, which this asyncckpt does not know")
+        if chunk.stored != min(part.chunk_size, part.size - index * part.chunk_size):
+            raise corrupt(f"chunk {index} has an impossible size")
+    known = manifest.files[part.file]
+    if known.size != sum(c.stored for c in part.chunks) or known.digest != digest_of_chunks(
+        c.digest for c in part.chunks
+    ):
+        raise corrupt("its chunk table is not the one that was committed")
+
+
+def decode_rewinds(data: bytes) -> Rewinds:
+    return unseal(data, Rewinds, names.REWINDS)

@@ -1,0 +1,61 @@
+"""Names of files and folders. Whatever does not match this grammar is foreign: never read, never deleted."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+MANIFEST = "manifest.json"
+RECORD = "state.json"
+REWINDS = "rewinds.json"
+LOCK = ".asyncckpt.lock"
+SUFFIX = ".safetensors"
+
+_STEP = re.compile(r"step-(\d{8,19})")
+_ATTEMPT = re.compile(r"[0-9a-f]{12}")
+_TEMPORARY = re.compile(r"\.[a-z]+\.json-[0-9a-f]{12}\.tmp")
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
+PART_RULE = "1-64 letters, digits, '_' or '-', not starting with '-'"
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def parse_step(name: str) -> int | None:
+    """The step of a folder name, or None where the name is not one that `step_name` gives."""
+    match = _STEP.fullmatch(name)
+    if match is None:
+        return None
+    step = int(match[1])
+    return step if step_name(step) == name else None
+
+
+def new_attempt() -> str:
+    return secrets.token_hex(6)
+
+
+def is_attempt(name: str) -> bool:
+    return _ATTEMPT.fullmatch(name) is not None
+
+
+def is_part(name: str) -> bool:
+    return _PART.fullmatch(name) is not None
+
+
+def image_file(part: str) -> str:
+    return part + SUFFIX
+
+
+def is_data_file(name: str) -> bool:
+    """Whether `name` is a file that an attempt may hold."""
+    return name == RECORD or (name.endswith(SUFFIX) and is_part(name.removesuffix(SUFFIX)))
+
+
+def temporary(name: str) -> str:
+    """A fresh name for the file that will be renamed to `name`. Never reused."""
+    return f".{name}-{secrets.token_hex(6)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
