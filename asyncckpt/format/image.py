@@ -72,9 +72,7 @@ def layout(specs: Sequence[Spec]) -> Image:
     Raises:
         ValueError: more names than a safetensors header can hold (100 MB).
     """
-    order = sorted(
-        range(len(specs)), key=lambda i: (specs[i].nbytes % 64 != 0, -specs[i].align, specs[i].nbytes % 64 == 0, i)
-    )
+    order = sorted(range(len(specs)), key=lambda i: (specs[i].nbytes % 64 != 0, -specs[i].align, i))
     starts = [0] * len(specs)
     position = 0
     table: dict[str, Any] = {}

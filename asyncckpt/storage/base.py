@@ -1,0 +1,76 @@
+"""The contract between the library and a place to keep checkpoints.
+
+Keys are relative paths with `/`. The order of calls that commits a checkpoint is the same everywhere:
+
+    begin(folder) -> create(key, size) -> write_at ... finish -> put(record) -> settle(folder) -> publish(manifest)
+
+Every method raises `StorageError` when the storage fails, and `FileNotFoundError` where it says so.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class WritableFile(Protocol):
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write `data` at `offset`, a multiple of 4096 bytes. Called from several threads at once."""
+
+    def finish(self) -> None:
+        """Return only when the bytes are durable."""
+
+    def abort(self) -> None:
+        """Give the file up; never raises."""
+
+
+class ReadableFile(Protocol):
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on; fewer bytes only at the end of the file."""
+
+    def close(self) -> None: ...
+
+
+class Storage(Protocol):
+    @property
+    def url(self) -> str:
+        """How a person names this place."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Names directly below the folder `prefix`; empty where it does not exist."""
+
+    def read(self, key: str, limit: int) -> bytes:
+        """The whole object. `FileNotFoundError` where there is none, `CorruptCheckpointError` above `limit` bytes."""
+
+    def open(self, key: str) -> ReadableFile:
+        """`FileNotFoundError` where there is none."""
+
+    def begin(self, folder: str) -> None:
+        """Make room for an attempt under a folder that no attempt has used."""
+
+    def create(self, key: str, size: int) -> WritableFile:
+        """A new file of `size` bytes."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """A new small file, durable on return."""
+
+    def settle(self, folder: str) -> None:
+        """Return only when all names on the way to the files of `folder` are durable."""
+
+    def publish(self, key: str, data: bytes, *, replace: bool) -> None:
+        """Let `key` appear with `data`, atomically and durably.
+
+        With `replace` it takes the place of what is there, which stays readable until then; without,
+        `FileExistsError` where something is there.
+        """
+
+    def delete(self, key: str) -> None:
+        """Durably remove one object, if it is there."""
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove the files of one folder that the grammar knows, then the folder where that left it empty."""
+
+    def free_bytes(self) -> int | None:
+        """Room that is left, where that is known."""

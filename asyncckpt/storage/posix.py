@@ -1,0 +1,107 @@
+"""The verbs that local storage is made of: thin calls to the operating system, one method each.
+
+Everything that must be durable goes through an object of this class, so that a recorder or a fault injector
+only has to wrap these. Paths are absolute; errors are `OSError`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+
+
+class Posix:
+    """The real verbs."""
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path, 0o700)
+
+    def create(self, path: str, direct: bool) -> int:
+        """A new file, 0600, open for writing; it must not exist."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags | (O_DIRECT if direct else 0), 0o600)
+
+    def reserve(self, fd: int, size: int) -> None:
+        """Give the file its blocks ahead of the bytes, so that a full disk is met before any is written."""
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)
+
+    def pwrite(self, fd: int, data: memoryview | bytes, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's cache
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def fsync_dir(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        """Put `source` in the place of `target`, atomically, whether `target` exists or not."""
+        os.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """A second name for `source`; `FileExistsError` where `target` exists."""
+        os.link(source, target, follow_symlinks=False)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+    def listdir(self, path: str) -> list[str]:
+        return os.listdir(path)
+
+    def open(self, path: str, direct: bool) -> int:
+        """An existing regular file, open for reading; symlinks are refused."""
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, flags | (O_DIRECT if direct else 0))
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(f"not a regular file: {path}")
+        return fd
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+    def is_directory(self, path: str) -> bool:
+        """Whether `path` is a directory itself, not a link to one."""
+        try:
+            return stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def free_bytes(self, path: str) -> int:
+        info = os.statvfs(path)
+        return info.f_bavail * info.f_frsize
+
+    @contextmanager
+    def opened(self, path: str, direct: bool = False) -> Iterator[int]:
+        fd = self.open(path, direct)
+        try:
+            yield fd
+        finally:
+            self.close(fd)
