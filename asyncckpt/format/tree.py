@@ -109,7 +109,7 @@ class Encoder:
         return [[self.encode(key, (*path, key)), self.encode(item, (*path, key))] for key, item in value.items()]
 
     def _default(self, value: defaultdict[Any, Any], path: Path) -> Node:
-        factory = _FACTORY_NAMES.get(value.default_factory)  # type: ignore[arg-type]
+        factory = _FACTORY_NAMES.get(value.default_factory)
         if factory is None:
             raise UnsupportedStateError(
                 f"{show(path)} is a defaultdict whose factory is {value.default_factory!r}; only "
@@ -281,9 +281,8 @@ def _decode_numpy_scalar(node: dict[str, Any]) -> np.generic:
     dtype, data = numpy_dtype(node["d"]), bytes.fromhex(node["v"])
     if dtype.itemsize != len(data):
         raise ValueError("a numpy scalar of the wrong size")
-    if not data:
-        return np.zeros((), dtype)[()]  # type: ignore[no-any-return]
-    return np.frombuffer(data, dtype)[0]  # type: ignore[no-any-return]
+    scalar: np.generic = np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
+    return scalar
 
 
 _DECODE_PLAIN: dict[str, Callable[[dict[str, Any]], Any]] = {

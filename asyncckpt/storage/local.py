@@ -164,12 +164,17 @@ class LocalStorage:
         with _named("publish", target):
             if replace:
                 self.posix.rename(source, target)
-            else:
-                try:
-                    self.posix.link(source, target)
-                finally:
-                    self.posix.unlink(source)
-            self.posix.fsync_dir(self.path(parent))
+                self.posix.fsync_dir(self.path(parent))
+                return
+            try:
+                self.posix.link(source, target)
+            finally:
+                self.posix.unlink(source)
+            try:
+                self.posix.fsync_dir(self.path(parent))
+            except OSError:
+                self.posix.unlink(target)  # it may not be durable, so it must not be seen either
+                raise
 
     # Deleting
 

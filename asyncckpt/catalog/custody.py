@@ -1,0 +1,100 @@
+"""What only the owner of a run does: give out sequence numbers, clear leftovers, retire, delete, rewind.
+
+Deleting makes a checkpoint not exist first (its manifest, durably), and removes bytes after. The newest verified
+checkpoint is never deleted by retention; *verified* means made durable by this process, or digest-checked since its
+start. No clock and no file time is ever asked.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.format import names
+from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
+from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.base import Storage
+
+log = logging.getLogger("asyncckpt")
+
+
+class Custody:
+    """The owner's hand on a run. Not safe for threads: the service calls it one at a time."""
+
+    def __init__(self, storage: Storage, keep: Keep | None) -> None:
+        self.storage = storage
+        self.catalog = Catalog(storage)
+        self.keep = keep
+        self.verified: set[int] = set()
+        self._sequence = self._highest_sequence()
+
+    def _highest_sequence(self) -> int:
+        highest = self.catalog.rewinds().sequence
+        for step in self.catalog.committed():
+            try:
+                highest = max(highest, self.catalog.manifest(step).sequence)
+            except (CorruptCheckpointError, CheckpointNotFoundError):
+                continue
+        return highest
+
+    def next_sequence(self) -> int:
+        self._sequence += 1
+        return self._sequence
+
+    def sweep(self) -> None:
+        """Remove what attempts that never committed have left. Foreign files stay, and so does what is in doubt."""
+        for name in self.storage.list(""):
+            if names.is_temporary(name):
+                self.storage.delete(name)
+        for step in self.catalog.folders():
+            self._sweep_step(names.step_name(step), step)
+
+    def _sweep_step(self, folder: str, step: int) -> None:
+        present = self.storage.list(folder)
+        keep = None
+        if names.MANIFEST in present:
+            try:
+                keep = self.catalog.manifest(step).attempt
+            except (CorruptCheckpointError, CheckpointNotFoundError):
+                return
+        for name in present:
+            if names.is_attempt(name) and name != keep:
+                self.storage.remove_folder(f"{folder}/{name}")
+            elif names.is_temporary(name):
+                self.storage.delete(f"{folder}/{name}")
+        if keep is None:
+            self.storage.remove_folder(folder)
+
+    def committed(self, manifest: Manifest, replaced: str | None) -> list[int]:
+        """Take note of a commit; remove the attempt it replaced; apply retention. Returns the steps retired."""
+        self.verified.add(manifest.step)
+        if replaced is not None and replaced != manifest.attempt:
+            self.storage.remove_folder(f"{names.step_name(manifest.step)}/{replaced}")
+        return self._retire()
+
+    def _retire(self) -> list[int]:
+        if self.keep is None:
+            return []
+        candidates = self.catalog.candidates()
+        safe = max(self.verified.intersection(candidates), default=None)
+        if safe is None:
+            return []
+        rewound = set(self.catalog.committed()).difference(candidates)
+        retired = sorted(rewound) + [s for s in self.keep.retire(candidates) if s != safe]
+        for step in retired:
+            self.delete(step)
+        return retired
+
+    def delete(self, step: int) -> None:
+        """Make `step` not exist, then remove its bytes."""
+        folder = names.step_name(step)
+        self.verified.discard(step)
+        self.storage.delete(f"{folder}/{names.MANIFEST}")
+        self._sweep_step(folder, step)
+
+    def rewind(self, step: int) -> None:
+        """Durably take all checkpoints after `step` that exist now out of what a restore may choose."""
+        known = self.catalog.rewinds().rewinds
+        record = Rewinds(rewinds=[*known, Rewind(step=step, sequence=self._sequence)])
+        self.storage.publish(names.REWINDS, encode(record), replace=True)

@@ -1,0 +1,177 @@
+"""One checkpoint, read. Sizes and bounds are held against the real files before memory is taken, digests before use."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.format import names
+from asyncckpt.format.image import Entry, header_size, parse_header
+from asyncckpt.format.manifest import Manifest, PartRecord, PrepareRecord, decode_record
+from asyncckpt.format.tree import Node
+from asyncckpt.storage.base import ReadableFile
+
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class PartImage:
+    """An image in memory of its own (page-aligned, zero-filled, only verified chunks filled in)."""
+
+    buffer: memoryview
+    entries: dict[str, Entry]
+
+
+class CheckpointReader:
+    """The checkpoint of `step`. Opening it reads and verifies its manifest and prepare record.
+
+    Raises:
+        CheckpointNotFoundError: this step is not committed.
+        CorruptCheckpointError: a record is damaged.
+    """
+
+    def __init__(self, catalog: Catalog, step: int) -> None:
+        self._storage = catalog.storage
+        self.manifest: Manifest = catalog.manifest(step)
+        self._folder = f"{names.step_name(step)}/{self.manifest.attempt}"
+        self._record: PrepareRecord = self._read_record()
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def parts(self) -> list[str]:
+        return list(self._record.parts)
+
+    def tree(self, part: str) -> Node:
+        """The leaf tree of `part`, as JSON gave it."""
+        try:
+            return msgspec.json.decode(self.part(part).tree)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise self._corrupt(part, f"its leaf tree is not JSON: {error}") from error
+
+    def part(self, part: str) -> PartRecord:
+        try:
+            return self._record.parts[part]
+        except KeyError:
+            raise CheckpointNotFoundError(
+                f"step {self.step} of {self._storage.url} has no part {part!r}; it has {', '.join(self.parts)}"
+            ) from None
+
+    def image(self, part: str, keys: Iterable[str] | None = None) -> PartImage:
+        """The image of `part`, or only the chunks that hold the tensors `keys`.
+
+        Raises:
+            CheckpointNotFoundError: no such part or tensor.
+            CorruptCheckpointError: a chunk is missing, short, or not what was committed.
+        """
+        record = self.part(part)
+        if record.file is None:
+            return PartImage(memoryview(b""), {})
+        with self._open(part, record) as file, ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
+            buffer = _allocate(record.size)
+            fetched: set[int] = set()
+
+            def fetch(start: int, end: int) -> None:
+                wanted = set(range(start // record.chunk_size, -(-end // record.chunk_size))) - fetched
+                for _ in pool.map(lambda i: self._read_chunk(part, record, file, i, buffer), sorted(wanted)):
+                    pass
+                fetched.update(wanted)
+
+            if keys is None:
+                fetch(0, record.size)
+            entries = self._entries(part, record, buffer, fetch)
+            for key in keys or ():
+                if key not in entries:
+                    raise CheckpointNotFoundError(f"step {self.step}, part {part!r} has no tensor {key!r}")
+                fetch(entries[key].offset, entries[key].offset + entries[key].nbytes)
+        return PartImage(buffer, entries)
+
+    def verify(self) -> None:
+        """Read every byte and check it, in bounded memory.
+
+        Raises:
+            CorruptCheckpointError: where a byte is not what was committed.
+        """
+        for name, record in self._record.parts.items():
+            self.tree(name)
+            if record.file is None:
+                continue
+            with self._open(name, record) as file, ThreadPoolExecutor(THREADS, "asyncckpt-verify") as pool:
+
+                def check(index: int, name: str = name, record: PartRecord = record, file: ReadableFile = file) -> None:
+                    self._check_chunk(name, record, file, index, _allocate(record.chunks[index].stored))
+
+                for _ in pool.map(check, range(len(record.chunks))):
+                    pass
+
+    def _read_record(self) -> PrepareRecord:
+        key = f"{self._folder}/{names.RECORD}"
+        try:
+            data = self._storage.read(key, self.manifest.files[names.RECORD].size)
+        except FileNotFoundError:
+            raise CorruptCheckpointError(
+                f"step {self.step}: {names.RECORD} is missing from {self._storage.url}/{self._folder}", step=self.step
+            ) from None
+        return decode_record(data, self.manifest)
+
+    @contextmanager
+    def _open(self, part: str, record: PartRecord) -> Iterator[ReadableFile]:
+        try:
+            file = self._storage.open(f"{self._folder}/{record.file}")
+        except FileNotFoundError:
+            raise self._corrupt(part, f"{record.file} is missing from {self._storage.url}/{self._folder}") from None
+        try:
+            if file.size != sum(chunk.stored for chunk in record.chunks):
+                raise self._corrupt(part, f"{record.file} has {file.size} bytes, not the {record.size} committed")
+            yield file
+        finally:
+            file.close()
+
+    def _entries(
+        self, part: str, record: PartRecord, buffer: memoryview, fetch: Callable[[int, int], None]
+    ) -> dict[str, Entry]:
+        try:
+            fetch(0, min(8, record.size))
+            end = header_size(bytes(buffer[:8]), record.size)
+            fetch(0, end)
+            return parse_header(bytes(buffer[:end]), record.size)
+        except CorruptCheckpointError as error:
+            if error.part is not None:
+                raise
+            raise self._corrupt(part, str(error), tensor=error.tensor) from error
+
+    def _read_chunk(self, part: str, record: PartRecord, file: ReadableFile, index: int, buffer: memoryview) -> None:
+        start = index * record.chunk_size
+        self._check_chunk(part, record, file, index, buffer[start : start + record.chunk_size])
+
+    def _check_chunk(self, part: str, record: PartRecord, file: ReadableFile, index: int, target: memoryview) -> None:
+        chunk = record.chunks[index]
+        done = file.read_into(index * record.chunk_size, target)
+        if done != len(target):
+            raise self._corrupt(part, f"{record.file} ends inside chunk {index}", chunk=index)
+        if xxhash.xxh3_128_hexdigest(target) != chunk.digest:
+            raise self._corrupt(part, f"chunk {index} of {record.file} is not what was committed", chunk=index)
+
+    def _corrupt(
+        self, part: str, why: str, tensor: str | None = None, chunk: int | None = None
+    ) -> CorruptCheckpointError:
+        message = f"step {self.step}, part {part!r}: {why}"
+        return CorruptCheckpointError(message, step=self.step, part=part, tensor=tensor, chunk=chunk)
+
+
+def _allocate(size: int) -> memoryview:
+    """Zero pages that are taken when touched, huge ones where the system gives them."""
+    memory = mmap.mmap(-1, max(size, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= 4 << 20:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[:size]

@@ -1,0 +1,54 @@
+"""Which checkpoint: the one asked for, or the newest that can be read and verifies."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+
+log = logging.getLogger("asyncckpt")
+T = TypeVar("T")
+
+
+def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
+    """What `read` gives for the newest step that it can read; None where nothing was ever committed.
+
+    Also the damaged steps that were passed over, newest first, each with the reason; a warning names them.
+
+    Raises:
+        CorruptCheckpointError: there are checkpoints, and every one is damaged. It never starts silently anew.
+    """
+    damaged: dict[int, str] = {}
+    tried: set[int] = set()
+    while True:
+        step = next((s for s in catalog.candidates() if s not in tried), None)
+        if step is None:
+            break
+        tried.add(step)
+        try:
+            result = read(step)
+        except (CorruptCheckpointError, StorageError) as error:
+            if catalog.exists(step):
+                damaged[step] = str(error)
+            continue
+        except CheckpointNotFoundError:
+            if catalog.exists(step):
+                raise
+            continue  # retired by its owner while we were reading
+        if damaged:
+            warnings.warn(f"{catalog.storage.url}: step {step} is used; passed over {_list(damaged)}", stacklevel=4)
+        return result, damaged
+    if damaged:
+        raise CorruptCheckpointError(
+            f"{catalog.storage.url}: every checkpoint is damaged: {_list(damaged)}. Nothing was restored. "
+            "Repair the storage, restore from a copy, or use a new directory to start from the beginning."
+        )
+    return None, damaged
+
+
+def _list(damaged: dict[int, str]) -> str:
+    return "; ".join(f"step {step} ({why})" for step, why in damaged.items())
