@@ -27,6 +27,8 @@ class Custody:
         self.catalog = Catalog(storage)
         self.keep = keep
         self.verified: set[int] = set()
+        self.active: set[str] = set()
+        """Folders of the attempts that are being written now: never leftovers."""
         self._sequence = self._highest_sequence()
 
     def _highest_sequence(self) -> int:
@@ -48,9 +50,11 @@ class Custody:
             if names.is_temporary(name):
                 self.storage.delete(name)
         for step in self.catalog.folders():
-            self._sweep_step(names.step_name(step), step)
+            self.sweep_step(step)
 
-    def _sweep_step(self, folder: str, step: int) -> None:
+    def sweep_step(self, step: int) -> None:
+        """`sweep`, for one step."""
+        folder = names.step_name(step)
         present = self.storage.list(folder)
         keep = None
         if names.MANIFEST in present:
@@ -59,16 +63,22 @@ class Custody:
             except (CorruptCheckpointError, CheckpointNotFoundError):
                 return
         for name in present:
-            if names.is_attempt(name) and name != keep:
+            if names.is_attempt(name) and name != keep and f"{folder}/{name}" not in self.active:
                 self.storage.remove_folder(f"{folder}/{name}")
             elif names.is_temporary(name):
                 self.storage.delete(f"{folder}/{name}")
         if keep is None:
             self.storage.remove_folder(folder)
 
-    def committed(self, manifest: Manifest, replaced: str | None) -> list[int]:
-        """Take note of a commit; remove the attempt it replaced; apply retention. Returns the steps retired."""
-        self.verified.add(manifest.step)
+    def attempt_of(self, step: int) -> str | None:
+        """The attempt that `step` is committed as; None where it is not committed, or its manifest is damaged."""
+        try:
+            return self.catalog.manifest(step).attempt
+        except (CorruptCheckpointError, CheckpointNotFoundError):
+            return None
+
+    def after_commit(self, manifest: Manifest, replaced: str | None) -> list[int]:
+        """Remove the attempt that a commit replaced; apply retention. Returns the steps retired."""
         if replaced is not None and replaced != manifest.attempt:
             self.storage.remove_folder(f"{names.step_name(manifest.step)}/{replaced}")
         return self._retire()
@@ -91,7 +101,7 @@ class Custody:
         folder = names.step_name(step)
         self.verified.discard(step)
         self.storage.delete(f"{folder}/{names.MANIFEST}")
-        self._sweep_step(folder, step)
+        self.sweep_step(step)
 
     def rewind(self, step: int) -> None:
         """Durably take all checkpoints after `step` that exist now out of what a restore may choose."""

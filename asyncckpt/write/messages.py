@@ -1,0 +1,205 @@
+"""What trainer and service say to each other: small records, framed by a length on a socketpair.
+
+Trainer to service, for one save:  Begin, Staged (once or more), then Seal or Drop.
+Service to trainer, for one save:  Progress (any number), then exactly one of Committed, Failed, Dropped;
+                                   after that the service does not touch the arena again.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from asyncckpt import errors
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """An exception on its way between processes."""
+
+    kind: str
+    message: str
+    members: dict[str, int | str | bool | None] = {}
+
+    @classmethod
+    def of(cls, error: BaseException) -> Fault:
+        if isinstance(error, errors.StorageError):
+            return cls("StorageError", str(error), {"retryable": error.retryable, "errno": error.errno})
+        if isinstance(error, errors.ConflictError):
+            return cls("ConflictError", str(error), {"pid": error.pid})
+        if isinstance(error, errors.CorruptCheckpointError):
+            return cls("CorruptCheckpointError", str(error), {"step": error.step})
+        if isinstance(error, errors.CheckpointExistsError | errors.CheckpointNotFoundError):
+            return cls(type(error).__name__, str(error))
+        return cls("StorageError", f"{type(error).__name__}: {error}")
+
+    def error(self) -> errors.CheckpointError:
+        made = getattr(errors, self.kind)(self.message, **self.members)
+        assert isinstance(made, errors.CheckpointError)
+        return made
+
+
+class Open(msgspec.Struct, tag=True, frozen=True):
+    """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused."""
+
+    root: str
+    lock_timeout: float
+    keep_last: int | None = None
+    keep_every: int | None = None
+    direct: bool = True
+
+
+class Share(msgspec.Struct, tag=True, frozen=True):
+    """Here is an arena of `size` bytes (its file descriptor comes along, or its memory in-process)."""
+
+    arena: int
+    size: int
+
+
+class Forget(msgspec.Struct, tag=True, frozen=True):
+    """This arena is gone."""
+
+    arena: int
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """The image of a part: `size` bytes at `offset` of the arena; 0 bytes where it holds no tensor."""
+
+    part: str
+    offset: int
+    size: int
+
+
+class Begin(msgspec.Struct, tag=True, frozen=True):
+    """A save begins: its images grow in `arena`, in the order of `spans`."""
+
+    save: int
+    step: int
+    arena: int
+    spans: list[Span]
+    replace: bool = False
+    metrics: dict[str, float] = {}
+
+
+class Staged(msgspec.Struct, tag=True, frozen=True):
+    """The first `upto` bytes of the arena are what they will stay."""
+
+    save: int
+    upto: int
+
+
+class Seal(msgspec.Struct, tag=True, frozen=True):
+    """The snapshot is whole, and consistent. Its leaf trees, by part, are the JSON at `offset` of the arena."""
+
+    save: int
+    offset: int
+    size: int
+
+
+class Drop(msgspec.Struct, tag=True, frozen=True):
+    """Do not commit this save; with `queued_only`, only if it has not been begun. Too late is answered Committed."""
+
+    save: int
+    queued_only: bool = False
+
+
+class Hurry(msgspec.Struct, tag=True, frozen=True):
+    """Whether somebody stands and waits."""
+
+    on: bool
+
+
+class Trust(msgspec.Struct, tag=True, frozen=True):
+    """The trainer has digest-checked this step."""
+
+    step: int
+
+
+class Delete(msgspec.Struct, tag=True, frozen=True):
+    call: int
+    step: int
+
+
+class RewindTo(msgspec.Struct, tag=True, frozen=True):
+    call: int
+    step: int
+
+
+class Close(msgspec.Struct, tag=True, frozen=True):
+    """Finish what is begun and end."""
+
+
+class Opened(msgspec.Struct, tag=True, frozen=True):
+    pid: int
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    fault: Fault
+
+
+class Progress(msgspec.Struct, tag=True, frozen=True):
+    save: int
+    written: int
+
+
+class Committed(msgspec.Struct, tag=True, frozen=True):
+    """Durable and published. Times are `time.time()`; `size` counts the bytes of all files."""
+
+    save: int
+    size: int
+    write_begin: float
+    write_end: float
+    commit_end: float
+    direct: bool
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    save: int
+    fault: Fault
+
+
+class Dropped(msgspec.Struct, tag=True, frozen=True):
+    save: int
+
+
+class Retired(msgspec.Struct, tag=True, frozen=True):
+    steps: list[int]
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    """The answer to Delete and RewindTo."""
+
+    call: int
+    fault: Fault | None = None
+
+
+Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Hurry | Trust | Delete | RewindTo | Close
+Reply = Opened | Refused | Progress | Committed | Failed | Dropped | Retired | Done
+
+_LENGTH = struct.Struct("<I")
+
+
+def frame(message: Request | Reply) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Deframer:
+    """Messages out of a stream of bytes."""
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages, of the given kind, that `data` completes."""
+        self._buffer += data
+        found = []
+        while len(self._buffer) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
+            if len(self._buffer) < end:
+                break
+            found.append(self._decoder.decode(self._buffer[_LENGTH.size : end]))
+            del self._buffer[:end]
+        return found

@@ -1,0 +1,165 @@
+"""One save, from arena to durable files.
+
+Chunk by chunk, as far as the snapshot has grown: one hop on a worker thread hashes a chunk and writes it, straight
+from the arena. A file is made durable when its last chunk is written; the prepare record follows when the snapshot
+is sealed. Publishing is the service's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from asyncckpt.errors import CheckpointError
+from asyncckpt.format import names
+from asyncckpt.format.manifest import (
+    CHUNK_SIZE,
+    Chunk,
+    FileRecord,
+    PartRecord,
+    PrepareRecord,
+    digest,
+    digest_of_chunks,
+    encode,
+)
+from asyncckpt.storage.base import Storage, WritableFile
+from asyncckpt.write.messages import Begin, Seal, Span
+from asyncckpt.write.workers import Workers
+
+log = logging.getLogger("asyncckpt")
+
+
+class DroppedSave(CheckpointError):
+    """The trainer took this save back."""
+
+
+@dataclass
+class Save:
+    """A save as the service knows it. All members change on the event loop only."""
+
+    begin: Begin
+    memory: memoryview
+    staged: int = 0
+    seal: Seal | None = None
+    dropped: bool = False
+    started: bool = False
+    written: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def touch(self) -> None:
+        self.changed.set()
+
+    async def until(self, ready: Callable[[], bool]) -> None:
+        """Wait for `ready`.
+
+        Raises:
+            DroppedSave: the trainer took the save back meanwhile.
+        """
+        while True:
+            if self.dropped:
+                raise DroppedSave
+            if ready():
+                return
+            self.changed.clear()
+            await self.changed.wait()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An attempt all of whose files are durable, names included."""
+
+    attempt: str
+    files: dict[str, FileRecord]
+    direct: bool
+
+
+class Attempt:
+    """One try at writing `save` under a folder of its own, which must have been begun."""
+
+    def __init__(
+        self, save: Save, attempt: str, storage: Storage, workers: Workers, progress: Callable[[Save], None]
+    ) -> None:
+        self._save, self._attempt = save, attempt
+        self._storage, self._workers, self._progress = storage, workers, progress
+        self.folder = f"{names.step_name(save.begin.step)}/{attempt}"
+        self._slots = asyncio.Semaphore(workers.count)
+        self._direct = False
+
+    async def prepare(self) -> Prepared:
+        """Write everything but the manifest.
+
+        Raises:
+            DroppedSave: the trainer took the save back.
+            StorageError: the storage failed.
+        """
+        parts: dict[str, asyncio.Task[list[Chunk]]] = {}
+        async with asyncio.TaskGroup() as group:
+            for span in self._save.begin.spans:
+                if span.size:
+                    parts[span.part] = group.create_task(self._write_part(span))
+        tables = {part: task.result() for part, task in parts.items()}
+        await self._save.until(lambda: self._save.seal is not None)
+        record = self._record(tables)
+        await self._workers.run(self._storage.put, f"{self.folder}/{names.RECORD}", record)
+        await self._workers.run(self._storage.settle, self.folder)
+        files = {names.RECORD: FileRecord(len(record), digest(record))}
+        for span in self._save.begin.spans:
+            if span.size:
+                chunks = tables[span.part]
+                files[names.image_file(span.part)] = FileRecord(span.size, digest_of_chunks(c.digest for c in chunks))
+        return Prepared(self._attempt, files, self._direct)
+
+    async def _write_part(self, span: Span) -> list[Chunk]:
+        key = f"{self.folder}/{names.image_file(span.part)}"
+        file = await self._workers.run(self._storage.create, key, span.size)
+        try:
+            async with asyncio.TaskGroup() as group:
+                chunks = []
+                for start in range(0, span.size, CHUNK_SIZE):
+                    end = min(start + CHUNK_SIZE, span.size)
+                    await self._save.until(lambda end=end: self._save.staged >= span.offset + end)  # type: ignore[misc]
+                    await self._slots.acquire()
+                    chunks.append(group.create_task(self._write_chunk(file, span, start, end)))
+            self._direct = self._direct or getattr(file, "direct", False)
+            await self._workers.run(file.finish)
+        except BaseException:
+            file.abort()
+            raise
+        return [chunk.result() for chunk in chunks]
+
+    async def _write_chunk(self, file: WritableFile, span: Span, start: int, end: int) -> Chunk:
+        try:
+            data = self._save.memory[span.offset + start : span.offset + end]
+            chunk = await self._workers.run(_hop, file, start, data)
+        finally:
+            self._slots.release()
+        self._save.written += end - start
+        self._progress(self._save)
+        return chunk
+
+    def _record(self, tables: dict[str, list[Chunk]]) -> bytes:
+        begin, seal = self._save.begin, self._save.seal
+        assert seal is not None
+        trees = msgspec.json.decode(
+            self._save.memory[seal.offset : seal.offset + seal.size], type=dict[str, msgspec.Raw]
+        )
+        parts = {
+            span.part: PartRecord(
+                tree=trees[span.part],
+                file=names.image_file(span.part) if span.size else None,
+                size=span.size,
+                chunks=tables.get(span.part, []),
+            )
+            for span in begin.spans
+        }
+        return encode(PrepareRecord(step=begin.step, attempt=self._attempt, rank=0, parts=parts))
+
+
+def _hop(file: WritableFile, offset: int, data: memoryview) -> Chunk:
+    chunk = Chunk("raw", len(data), digest(data))
+    file.write_at(offset, data)
+    return chunk

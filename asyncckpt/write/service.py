@@ -1,0 +1,283 @@
+"""The background service: owns a run, takes snapshots one after the other, makes them durable, publishes, retires.
+
+All methods run on the service's event loop; bytes and blocking calls run on its workers. Publishing, deleting and
+rewinding exclude each other by one lock, so that what is being written can't be mistaken for a leftover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from errno import EIO
+
+from asyncckpt.catalog.custody import Custody
+from asyncckpt.catalog.ownership import RunLock
+from asyncckpt.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
+from asyncckpt.format import names
+from asyncckpt.format.manifest import Manifest, encode
+from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.posix import Posix
+from asyncckpt.write import messages as m
+from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
+from asyncckpt.write.workers import Workers
+
+log = logging.getLogger("asyncckpt")
+_PROGRESS_STEP = 64 << 20
+
+
+class Service:
+    """`reply` is called on the loop, and must not block."""
+
+    def __init__(self, reply: Callable[[m.Reply], None], *, workers: Workers, posix: Posix | None = None) -> None:
+        self._reply = reply
+        self._workers = workers
+        self._posix = posix
+        self._arenas: dict[int, memoryview] = {}
+        self._saves: dict[int, Save] = {}
+        self._queue: asyncio.Queue[Save | None] = asyncio.Queue()
+        self._reported: dict[int, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._custody_lock = asyncio.Lock()
+        self._give_up = threading.Event()
+        self._main: asyncio.Task[None] | None = None
+
+    # What comes in
+
+    def receive(self, message: m.Request, memory: memoryview | int | None = None) -> None:
+        """Take one message; `memory` is what comes along with Share: a file descriptor, or the memory itself."""
+        match message:
+            case m.Open():
+                self._main = asyncio.create_task(self._run(message))
+            case m.Share():
+                assert memory is not None
+                self._arenas[message.arena] = memory if isinstance(memory, memoryview) else _map(memory, message.size)
+            case m.Forget():
+                self._arenas.pop(message.arena, None)
+            case m.Begin():
+                save = self._saves[message.save] = Save(message, self._arenas[message.arena])
+                self._queue.put_nowait(save)
+            case m.Staged():
+                if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
+                    save.staged = message.upto
+                    save.touch()
+            case m.Seal():
+                if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
+                    save.seal = message
+                    save.touch()
+            case m.Drop():
+                self._drop(message)
+            case m.Hurry():
+                self._workers.hurry = message.on
+            case m.Trust():
+                self._spawn(self._trust(message.step))
+            case m.Delete() | m.RewindTo():
+                self._spawn(self._command(message))
+            case m.Close():
+                self._queue.put_nowait(None)
+
+    def orphaned(self) -> None:
+        """The trainer is gone: finish every snapshot that is whole, and end."""
+        self._give_up.set()
+        self._workers.hurry = True
+        for save in self._saves.values():
+            if save.seal is None:
+                save.dropped = True
+                save.touch()
+        self._queue.put_nowait(None)
+
+    async def finished(self) -> None:
+        """Wait for the end: after Close, after `orphaned`, or refused."""
+        while self._main is None:
+            if self._give_up.is_set():
+                return
+            await asyncio.sleep(0.01)
+        await self._main
+        self._workers.close()
+
+    def _drop(self, message: m.Drop) -> None:
+        save = self._saves.get(message.save)
+        if save is None or (message.queued_only and save.started):
+            return
+        save.dropped = True
+        save.touch()
+        if not save.started:
+            self._end(save, m.Dropped(save.begin.save))
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _end(self, save: Save, reply: m.Reply) -> None:
+        self._saves.pop(save.begin.save, None)
+        self._reported.pop(save.begin.save, None)
+        save.memory = memoryview(b"")
+        self._reply(reply)
+
+    # The run
+
+    async def _run(self, open_: m.Open) -> None:
+        storage = LocalStorage(open_.root, self._posix, open_.direct)
+        try:
+            lock = await self._workers.run(self._own, storage, open_.lock_timeout)
+        except (CheckpointError, OSError) as error:
+            self._reply(m.Refused(m.Fault.of(error)))
+            return
+        try:
+            keep = Keep(open_.keep_last, open_.keep_every) if open_.keep_last is not None else None
+            try:
+                self._custody = await self._workers.run(Custody, storage, keep)
+            except (CheckpointError, OSError) as error:
+                self._reply(m.Refused(m.Fault.of(error)))
+                return
+            self._storage = storage
+            self._reply(m.Opened(os.getpid()))
+            await self._guarded("clearing leftovers", self._workers.run(self._custody.sweep))
+            while (save := await self._queue.get()) is not None:
+                if not save.dropped:
+                    save.started = True
+                    await self._write(save)
+                elif save.begin.save in self._saves:
+                    self._end(save, m.Dropped(save.begin.save))
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+        finally:
+            lock.release()
+
+    def _own(self, storage: LocalStorage, timeout: float) -> RunLock:
+        storage.make_root()
+        return RunLock.acquire(storage.root, timeout, self._give_up)
+
+    async def _guarded(self, what: str, work: object) -> None:
+        """Housekeeping that fails is told, and harms no save."""
+        try:
+            await work  # type: ignore[misc]
+        except (CheckpointError, OSError) as error:
+            log.warning("%s: %s", what, error)
+
+    @contextlib.asynccontextmanager
+    async def _custody_of(self) -> AsyncIterator[Custody]:
+        async with self._custody_lock:
+            yield self._custody
+
+    # One save
+
+    async def _write(self, save: Save) -> None:
+        step = save.begin.step
+        try:
+            try:
+                committed = await self._attempt(save)
+            except StorageError as error:
+                if error.errno != EIO:
+                    raise
+                log.warning("step %d: %s; writing it once more under new names", step, error)
+                save.written = 0
+                committed = await self._attempt(save)
+        except DroppedSave:
+            self._end(save, m.Dropped(save.begin.save))
+        except FileExistsError:
+            error = CheckpointExistsError(f"step {step} is committed already; give overwrite=True to replace it")
+            self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
+        except Exception as error:
+            self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
+        else:
+            manifest, replaced, reply = committed
+            self._end(save, reply)
+            self._spawn(self._guarded("retention", self._after_commit(manifest, replaced)))
+
+    async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
+        begun = time.time()
+        attempt = Attempt(save, names.new_attempt(), self._storage, self._workers, self._progress)
+        async with self._custody_of() as custody:
+            await self._workers.run(self._storage.begin, attempt.folder)
+            custody.active.add(attempt.folder)
+        try:
+            try:
+                prepared = await attempt.prepare()
+            except* DroppedSave:
+                raise DroppedSave from None
+            except* Exception as group:
+                raise _first(group) from None
+            written = time.time()
+            async with self._custody_of() as custody:
+                await save.until(lambda: True)
+                manifest, replaced = await self._workers.run(self._publish, custody, save, prepared)
+        except BaseException:
+            custody.active.discard(attempt.folder)
+            await self._guarded("clearing a failed attempt", self._workers.run(custody.sweep_step, save.begin.step))
+            raise
+        custody.active.discard(attempt.folder)
+        reply = m.Committed(save.begin.save, manifest.size, begun, written, time.time(), prepared.direct)
+        return manifest, replaced, reply
+
+    def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:
+        begin = save.begin
+        replaced = custody.attempt_of(begin.step) if begin.replace else None
+        manifest = Manifest(
+            step=begin.step,
+            attempt=prepared.attempt,
+            sequence=custody.next_sequence(),
+            world=1,
+            parts=[span.part for span in begin.spans],
+            files=prepared.files,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            metrics=begin.metrics,
+        )
+        key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
+        self._storage.publish(key, encode(manifest), replace=begin.replace)
+        custody.verified.add(begin.step)
+        return manifest, replaced
+
+    async def _after_commit(self, manifest: Manifest, replaced: str | None) -> None:
+        async with self._custody_of() as custody:
+            retired = await self._workers.run(custody.after_commit, manifest, replaced)
+        if retired:
+            self._reply(m.Retired(retired))
+
+    def _progress(self, save: Save) -> None:
+        number = save.begin.save
+        if save.written - self._reported.get(number, 0) >= _PROGRESS_STEP:
+            self._reported[number] = save.written
+            self._reply(m.Progress(number, save.written))
+
+    # Commands
+
+    async def _trust(self, step: int) -> None:
+        async with self._custody_of() as custody:
+            custody.verified.add(step)
+
+    async def _command(self, message: m.Delete | m.RewindTo) -> None:
+        try:
+            async with self._custody_of() as custody:
+                if isinstance(message, m.Delete):
+                    if not custody.catalog.exists(message.step):
+                        raise CheckpointNotFoundError(f"no checkpoint of step {message.step} in {self._storage.url}")
+                    await self._workers.run(custody.delete, message.step)
+                else:
+                    await self._workers.run(custody.rewind, message.step)
+        except (CheckpointError, OSError) as error:
+            self._reply(m.Done(message.call, m.Fault.of(error)))
+        else:
+            self._reply(m.Done(message.call))
+
+
+def _map(fd: int, size: int) -> memoryview:
+    try:
+        return memoryview(mmap.mmap(fd, size))
+    finally:
+        os.close(fd)
+
+
+def _first(group: BaseException) -> BaseException:
+    """The first plain exception in a tree of groups."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group

@@ -1,0 +1,70 @@
+"""The threads that move bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Task = tuple["Future[Any]", Callable[[], Any]]
+
+
+class DaemonPool(Executor):
+    """A fixed pool of daemon threads.
+
+    The standard pool refuses work once the interpreter begins to exit, which is when the last saves are drained.
+    """
+
+    def __init__(self, count: int, name: str, nice: int = 0) -> None:
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._count = count
+        for i in range(count):
+            threading.Thread(target=self._run, args=(nice,), name=f"{name}-{i}", daemon=True).start()
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        self._tasks.put((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    def _run(self, nice: int) -> None:
+        if nice and sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+        while (task := self._tasks.get()) is not None:
+            future, call = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            del task, future, call
+
+
+class Workers:
+    """Two pools for the same work: a niced one for when nobody waits, a normal one for when somebody does."""
+
+    def __init__(self, count: int, nice: int) -> None:
+        self.count = count
+        self.hurry = False
+        self._normal = DaemonPool(count, "asyncckpt-io")
+        self._niced = DaemonPool(count, "asyncckpt-io-nice", nice) if nice else self._normal
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)` on one of the threads."""
+        pool = self._normal if self.hurry else self._niced
+        return await asyncio.get_running_loop().run_in_executor(pool, fn, *args)
+
+    def close(self) -> None:
+        self._normal.shutdown()
+        if self._niced is not self._normal:
+            self._niced.shutdown()
