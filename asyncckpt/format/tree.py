@@ -277,11 +277,11 @@ def _decode_str(node: dict[str, Any]) -> str:
     return bytes.fromhex(node["v"]).decode("utf-8", "surrogatepass")
 
 
-def _decode_numpy_scalar(node: dict[str, Any]) -> np.generic:
+def _decode_numpy_scalar(node: dict[str, Any]) -> Any:
     dtype, data = numpy_dtype(node["d"]), bytes.fromhex(node["v"])
     if dtype.itemsize != len(data):
         raise ValueError("a numpy scalar of the wrong size")
-    scalar: np.generic = np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
+    scalar: Any = np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
     return scalar
 
 

@@ -13,9 +13,10 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from errno import EIO
+from typing import Any
 
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.catalog.ownership import RunLock
@@ -47,7 +48,8 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._custody_lock = asyncio.Lock()
         self._give_up = threading.Event()
-        self._main: asyncio.Task[None] | None = None
+        self._opened = False
+        self._ended = asyncio.Event()
 
     # What comes in
 
@@ -55,7 +57,8 @@ class Service:
         """Take one message; `memory` is what comes along with Share: a file descriptor, or the memory itself."""
         match message:
             case m.Open():
-                self._main = asyncio.create_task(self._run(message))
+                self._opened = True
+                self._spawn(self._run(message))
             case m.Share():
                 assert memory is not None
                 self._arenas[message.arena] = memory if isinstance(memory, memoryview) else _map(memory, message.size)
@@ -92,14 +95,12 @@ class Service:
                 save.dropped = True
                 save.touch()
         self._queue.put_nowait(None)
+        if not self._opened:
+            self._ended.set()
 
     async def finished(self) -> None:
         """Wait for the end: after Close, after `orphaned`, or refused."""
-        while self._main is None:
-            if self._give_up.is_set():
-                return
-            await asyncio.sleep(0.01)
-        await self._main
+        await self._ended.wait()
         self._workers.close()
 
     def _drop(self, message: m.Drop) -> None:
@@ -111,8 +112,8 @@ class Service:
         if not save.started:
             self._end(save, m.Dropped(save.begin.save))
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -125,6 +126,12 @@ class Service:
     # The run
 
     async def _run(self, open_: m.Open) -> None:
+        try:
+            await self._own_and_serve(open_)
+        finally:
+            self._ended.set()
+
+    async def _own_and_serve(self, open_: m.Open) -> None:
         storage = LocalStorage(open_.root, self._posix, open_.direct)
         try:
             lock = await self._workers.run(self._own, storage, open_.lock_timeout)
@@ -147,8 +154,8 @@ class Service:
                     await self._write(save)
                 elif save.begin.save in self._saves:
                     self._end(save, m.Dropped(save.begin.save))
-            while self._tasks:
-                await asyncio.wait(self._tasks)
+            while others := self._tasks - {asyncio.current_task()}:
+                await asyncio.wait(others)
         finally:
             lock.release()
 
@@ -156,10 +163,10 @@ class Service:
         storage.make_root()
         return RunLock.acquire(storage.root, timeout, self._give_up)
 
-    async def _guarded(self, what: str, work: object) -> None:
+    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
         """Housekeeping that fails is told, and harms no save."""
         try:
-            await work  # type: ignore[misc]
+            await work
         except (CheckpointError, OSError) as error:
             log.warning("%s: %s", what, error)
 
@@ -184,8 +191,8 @@ class Service:
         except DroppedSave:
             self._end(save, m.Dropped(save.begin.save))
         except FileExistsError:
-            error = CheckpointExistsError(f"step {step} is committed already; give overwrite=True to replace it")
-            self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
+            exists = CheckpointExistsError(f"step {step} is committed already; give overwrite=True to replace it")
+            self._end(save, m.Failed(save.begin.save, m.Fault.of(exists)))
         except Exception as error:
             self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
         else:
@@ -202,9 +209,7 @@ class Service:
         try:
             try:
                 prepared = await attempt.prepare()
-            except* DroppedSave:
-                raise DroppedSave from None
-            except* Exception as group:
+            except BaseExceptionGroup as group:
                 raise _first(group) from None
             written = time.time()
             async with self._custody_of() as custody:

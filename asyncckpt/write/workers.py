@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -60,9 +61,20 @@ class Workers:
         self._niced = DaemonPool(count, "asyncckpt-io-nice", nice) if nice else self._normal
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
-        """`fn(*args)` on one of the threads."""
+        """`fn(*args)` on one of the threads.
+
+        When cancelled it still returns only after the call has: nobody may close a file or give an arena back while
+        a thread works on it.
+        """
         pool = self._normal if self.hurry else self._niced
-        return await asyncio.get_running_loop().run_in_executor(pool, fn, *args)
+        future = asyncio.get_running_loop().run_in_executor(pool, fn, *args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            raise
 
     def close(self) -> None:
         self._normal.shutdown()
