@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from asyncckpt.write.workers import Workers
 
 NICE = 10
 """How far the worker threads stand back while nobody waits for them."""
+_LAST_WORDS = 5.0
 
 
 def main(arguments: list[str] | None = None, posix: Posix | None = None) -> None:
@@ -46,11 +48,12 @@ async def _serve(fd: int, trainer: int | None, posix: Posix | None) -> None:
     incoming = m.Deframer(m.Request)
     arenas: list[int] = []
 
-    def receive() -> None:
+    def receive() -> bool:
+        """Take what has arrived; False where nothing had."""
         try:
             data, fds, _, _ = socket.recv_fds(link, 1 << 16, 16)
         except BlockingIOError:
-            return
+            return False
         except ConnectionResetError:
             data, fds = b"", []
         arenas.extend(fds)
@@ -59,11 +62,13 @@ async def _serve(fd: int, trainer: int | None, posix: Posix | None) -> None:
         if not data:
             loop.remove_reader(link)
             service.orphaned()
+        return bool(data)
 
     def trainer_ended() -> None:
         assert trainer is not None
         loop.remove_reader(trainer)
-        receive()  # its last words
+        while receive():  # its last words
+            pass
         service.orphaned()
 
     async def answer() -> None:
@@ -80,7 +85,8 @@ async def _serve(fd: int, trainer: int | None, posix: Posix | None) -> None:
         loop.add_reader(trainer, trainer_ended)
     answering = asyncio.create_task(answer())
     await service.finished()
-    await outgoing.join()
+    with contextlib.suppress(TimeoutError):  # a forked child of a dead trainer may hold the link and never read
+        await asyncio.wait_for(outgoing.join(), _LAST_WORDS)
     answering.cancel()
 
 

@@ -112,7 +112,7 @@ class ProcessWriter:
         ended = False
         try:
             while not ended:
-                ended = child in (fd for fd, _ in poll.poll())
+                ended = any(fd == child for fd, _ in poll.poll())
                 while data := self._receive(ended):
                     for reply in deframer.feed(data):
                         self._on_reply(reply)
