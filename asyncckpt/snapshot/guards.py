@@ -22,7 +22,7 @@ class ModuleGuard:
         self._slots: list[_Slot] = []
         self._sizes: list[tuple[dict[str, Any] | set[str], int]] = []
         for child in module.modules():
-            state: list[dict[str, Any]] = [child._parameters, child._buffers, child._modules]  # type: ignore[list-item]
+            state: list[dict[str, Any]] = [child._parameters, child._buffers, child._modules]
             for table in state:
                 self._sizes.append((table, len(table)))
                 self._slots.extend((table, name, value) for name, value in table.items())
@@ -32,7 +32,7 @@ class ModuleGuard:
     def fits(module: torch.nn.Module) -> bool:
         return all(_is_plain_module(child) for child in module.modules())
 
-    def holds(self) -> bool:
+    def holds(self, module: torch.nn.Module) -> bool:
         return all(len(table) == size for table, size in self._sizes) and all(
             table.get(name) is value for table, name, value in self._slots
         )
@@ -51,10 +51,9 @@ def _is_plain_module(module: torch.nn.Module) -> bool:
 
 
 class OptimizerGuard:
-    """Holds the parameter lists and the state tensors; hyperparameters are read anew at every save."""
+    """Holds the parameter lists and the state tensors; what hyperparameters there are is read anew at every save."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
         self._params = [list(group["params"]) for group in optimizer.param_groups]
         self._slots: list[_Slot] = [
             (entry, name, value) for entry in optimizer.state.values() for name, value in entry.items()
@@ -73,8 +72,8 @@ class OptimizerGuard:
             and not any(isinstance(v, torch.Tensor) for g in optimizer.param_groups for v in g.values())
         )
 
-    def holds(self) -> bool:
-        groups, state = self._optimizer.param_groups, self._optimizer.state
+    def holds(self, optimizer: Optimizer) -> bool:
+        groups, state = optimizer.param_groups, optimizer.state
         return (
             len(groups) == len(self._params)
             and len(state) == len(self._entries)
@@ -82,11 +81,7 @@ class OptimizerGuard:
                 len(group["params"]) == len(known) and all(p is q for p, q in zip(group["params"], known, strict=True))
                 for group, known in zip(groups, self._params, strict=True)
             )
-            and all(state.get(p) is entry and len(entry) == size for p, entry, size in self._entries)
+            and all(p in state and state[p] is entry and len(entry) == size for p, entry, size in self._entries)
             and all(entry.get(name) is value for entry, name, value in self._slots)
             and not any(isinstance(v, torch.Tensor) for g in groups for v in g.values())
         )
-
-    def hyperparameters(self) -> list[dict[str, Any]]:
-        """`param_groups` as `state_dict()` packs them, without their `params`."""
-        return [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]

@@ -167,7 +167,7 @@ class _Builder:
             storage = distinct[0][0].tensor.untyped_storage()
             start = max(group.start // 16 * 16, storage.data_ptr())
             span = torch.empty(0, dtype=torch.uint8, device=storage.device)
-            span.set_(storage, start - storage.data_ptr(), (group.end - start,), (1,))  # type: ignore[call-overload]
+            span.set_(storage, start - storage.data_ptr(), (group.end - start,), (1,))
             name = self._name(distinct[0][0])
             live = [leaf.tensor for same in distinct for leaf in same]
             self._append(Spec(name, "U8", (group.end - start,), 16), Source(span, live, True), group.first)
@@ -220,6 +220,8 @@ def _overlap(tensors: Iterable[torch.Tensor], group: _Group | None) -> bool:
     """Whether any byte belongs to two items, found by marking them all."""
     tensors = list(tensors)
     storages = {t.untyped_storage().data_ptr() for t in tensors}
+    if group is not None and all(t.is_contiguous() for t in tensors):
+        return len(storages) == 1  # their spans meet, and a span without gaps is its items
     if len(storages) > 1:
         return False  # two storages over one memory (from_numpy twice): stored apart, each with the right values
     start = group.start if group is not None else tensors[0].data_ptr()

@@ -1,0 +1,187 @@
+"""Arenas: regions of memory that snapshots are copied into, taken once and reused.
+
+With a writer process an arena is a memfd that both processes map: private, without a name, gone with its last user.
+Its pages are reserved before the first byte is copied, so that too little memory is an exception and not a SIGBUS;
+touching them is slow (0.3-2 GB/s) and happens once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from asyncckpt.errors import CheckpointError
+
+PAGE = 4096
+_PIECE = 32 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_MARGIN = 64 << 20
+_numbers = itertools.count(1)
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+class Arena:
+    """`size` bytes (whole pages) at `address`; `fd` is the memfd where it is shared with a process."""
+
+    def __init__(self, size: int, shared: bool) -> None:
+        self.id = next(_numbers)
+        self.size = -(-size // PAGE) * PAGE
+        self.fd: int | None = None
+        if shared:
+            self.fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+            os.ftruncate(self.fd, self.size)
+            self._map = mmap.mmap(self.fd, self.size)
+        else:
+            self._map = mmap.mmap(-1, self.size)
+        self.memory = memoryview(self._map)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.address = self.bytes.data_ptr()
+        self.ready = False
+        """Whether its pages are there."""
+        self.programs: dict[str, object] = {}
+        """What the snapshotter knows of how to fill it, by part."""
+        self._lock = threading.Lock()
+
+    def reserve(self) -> None:
+        """Take and touch all pages, unless that is done. Releases the GIL.
+
+        Raises:
+            CheckpointError: there is not enough memory.
+        """
+        with self._lock:
+            if self.ready:
+                return
+            for start in range(0, self.size, _PIECE):
+                self._take(start, min(_PIECE, self.size - start))
+            self.ready = True
+
+    def _take(self, start: int, size: int) -> None:
+        try:
+            if self.fd is not None:
+                os.posix_fallocate(self.fd, start, size)
+            if _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE) == 0:
+                return
+        except OSError as error:
+            raise CheckpointError(
+                f"no memory for a snapshot arena of {self.size} bytes: {error.strerror}. "
+                "Lower max_in_flight, or save fewer parts."
+            ) from error
+        np.frombuffer(self._map, np.uint8, size, start)[::PAGE] = 0  # an older kernel: touch page by page
+
+    def close(self) -> None:
+        """Give the memory back as soon as nothing in this process refers to it."""
+        self.programs.clear()
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+class ArenaPool:
+    """At most `count` arenas and `limit` bytes. Not safe for threads: its owner holds a lock."""
+
+    def __init__(self, count: int, limit: int | None, shared: bool) -> None:
+        self.count = count
+        self._limit = limit
+        self._shared = shared
+        self._free: list[Arena] = []
+        self._leased: set[int] = set()
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def total(self) -> int:
+        """Bytes of all arenas."""
+        return sum(self._sizes.values())
+
+    @property
+    def leased(self) -> int:
+        return len(self._leased)
+
+    def lease(self, size: int) -> Arena | None:
+        """An arena of at least `size` bytes, or None until one comes back.
+
+        Raises:
+            CheckpointError: it would not fit into `limit`, or into what memory is left, even with no other.
+        """
+        for arena in self._free:
+            if arena.size >= size:
+                self._free.remove(arena)
+                self._leased.add(arena.id)
+                return arena
+        for arena in self._free:
+            self._discard(arena)
+        self._free.clear()
+        if len(self._leased) >= self.count:
+            return None
+        if self._limit is not None and self.total + size > self._limit:
+            if self._leased:
+                return None
+            raise CheckpointError(
+                f"a snapshot takes {size} bytes, and memory_limit is {self._limit}. Raise it, or save fewer parts."
+            )
+        available = available_memory()
+        if available is not None and size + _MARGIN > available:
+            if self._leased:
+                return None
+            raise CheckpointError(
+                f"a snapshot takes {size} bytes of memory beside the training, and {available} are available. "
+                "Save fewer parts, or use a machine with more memory."
+            )
+        arena = Arena(size, self._shared)
+        self._sizes[arena.id] = arena.size
+        self._leased.add(arena.id)
+        return arena
+
+    def give_back(self, arena: Arena) -> None:
+        self._leased.discard(arena.id)
+        self._free.append(arena)
+
+    def close(self) -> None:
+        for arena in self._free:
+            self._discard(arena)
+        self._free.clear()
+
+    def _discard(self, arena: Arena) -> None:
+        del self._sizes[arena.id]
+        arena.close()
+
+
+def available_memory() -> int | None:
+    """Bytes that can be taken without swapping, by the system and by the cgroup; None where that can't be asked."""
+    known = [n for n in (_system_available(), *_cgroup_available()) if n is not None]
+    return min(known, default=None)
+
+
+def _system_available() -> int | None:
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def _cgroup_available() -> Iterable[int | None]:
+    """What limits of the cgroup (version 2) and of the cgroups above it leave."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            path = next(line.strip()[3:] for line in file if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    while True:
+        folder = "/sys/fs/cgroup" + path
+        try:
+            with open(folder + "/memory.max") as limit, open(folder + "/memory.current") as current:
+                text = limit.read().strip()
+                yield None if text == "max" else max(0, int(text) - int(current.read()))
+        except (OSError, ValueError):
+            pass
+        if path in ("", "/"):
+            return
+        path = os.path.dirname(path)

@@ -1,0 +1,110 @@
+"""Which memory changes only inside `optimizer.step()`, and who waits there.
+
+torch calls a global hook before every optimizer's step. It joins the copies that step would change: on the CPU by
+waiting (and lending a hand), on CUDA by a stream wait. A copy is joined before `load_state_dict` of what is saved, too.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+_seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+_flights: dict[int, Flight] = {}
+_clocks: weakref.WeakSet[Any] = weakref.WeakSet()
+_lock = threading.Lock()
+_installed = False
+
+
+class Flight(Protocol):
+    """A copy under way."""
+
+    params: frozenset[int]
+    """`id` of the parameters whose optimizer must wait."""
+
+    def fence(self) -> None:
+        """Return when a change can no longer reach the snapshot."""
+
+
+def install(clock: Callable[[Optimizer], None] | None = None) -> None:
+    """Listen to every optimizer from now on; `clock`, a bound method, hears of each step for as long as it lives."""
+    global _installed
+    with _lock:
+        if not _installed:
+            register_optimizer_step_pre_hook(_before_step)
+            _installed = True
+    if clock is not None:
+        _clocks.add(clock.__self__)  # type: ignore[attr-defined]
+
+
+def take_off(flight: Flight) -> None:
+    _flights[id(flight)] = flight
+
+
+def land(flight: Flight) -> None:
+    _flights.pop(id(flight), None)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _seen.add(optimizer)
+    for flight in list(_flights.values()):
+        if any(id(p) in flight.params for group in optimizer.param_groups for p in group["params"]):
+            flight.fence()
+    for clock in list(_clocks):
+        clock.tick(optimizer)
+
+
+class _JoinBeforeLoad:
+    """The hook before `load_state_dict`. A copied or pickled module takes along a no-op instead."""
+
+    def __call__(self, *args: Any) -> None:
+        for flight in list(_flights.values()):
+            flight.fence()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, ("", "format")
+
+
+_join_before_load = _JoinBeforeLoad()
+
+
+def guard_loading(value: Any) -> Any:
+    """Join copies before `value.load_state_dict()`; the handle that is returned takes the hook off again."""
+    if isinstance(value, torch.nn.Module | Optimizer):
+        return value.register_load_state_dict_pre_hook(_join_before_load)
+    return None
+
+
+class Owned:
+    """Memory that changes only in the step of an optimizer: its parameters, and the tensors of its state."""
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._memory: dict[int, int] = {}
+        params = []
+        for optimizer in {*optimizers, *_seen}:
+            if any(group.get("capturable") for group in optimizer.param_groups):
+                continue  # its step may be replayed by a CUDA graph, which calls no hook
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    params.append(id(p))
+                    self._add(p)
+            for entry in optimizer.state.values():
+                for value in entry.values() if isinstance(entry, dict) else ():
+                    if isinstance(value, torch.Tensor):
+                        self._add(value)
+        self.params = frozenset(params)
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        if tensor.layout == torch.strided and not tensor.is_inference():
+            self._memory[tensor.data_ptr()] = tensor.numel() * tensor.dtype.itemsize
+
+    def covers(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is such memory, whole."""
+        size = tensor.numel() * tensor.dtype.itemsize
+        return self._memory.get(tensor.data_ptr(), -1) == size and not tensor.is_inference()
