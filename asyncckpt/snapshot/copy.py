@@ -37,11 +37,12 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> lis
         offset = base + entry.offset
         if entry.nbytes == 0:
             continue
-        if entry.nbytes <= SMALL:
+        on_cpu = source.data.device.type == "cpu"
+        if entry.nbytes <= SMALL and on_cpu:
             small[0].append(_target(arena, offset, source))
             small[1].append(dtypes.as_plain(source.data))
             first = min(first, offset)
-        elif source.contiguous:
+        elif source.contiguous and on_cpu:
             for start in range(0, entry.nbytes, SLICE):
                 size = min(SLICE, entry.nbytes - start)
                 found.append((offset + start, partial(_move, arena.address + offset + start, source.data, start, size)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _flights: dict[int, Flight] = {}
-_clocks: weakref.WeakSet[Any] = weakref.WeakSet()
+_clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
 _lock = threading.Lock()
 _installed = False
 
@@ -32,15 +32,19 @@ class Flight(Protocol):
         """Return when a change can no longer reach the snapshot."""
 
 
-def install(clock: Callable[[Optimizer], None] | None = None) -> None:
-    """Listen to every optimizer from now on; `clock`, a bound method, hears of each step for as long as it lives."""
+class Clock(Protocol):
+    def tick(self, optimizer: Optimizer) -> None:
+        """A step begins."""
+
+
+def install(clock: Clock) -> None:
+    """Listen to every optimizer from now on; `clock` hears of each step for as long as it lives."""
     global _installed
     with _lock:
         if not _installed:
             register_optimizer_step_pre_hook(_before_step)
             _installed = True
-    if clock is not None:
-        _clocks.add(clock.__self__)  # type: ignore[attr-defined]
+        _clocks.add(clock)
 
 
 def take_off(flight: Flight) -> None:
@@ -85,26 +89,39 @@ class Owned:
     """Memory that changes only in the step of an optimizer: its parameters, and the tensors of its state."""
 
     def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._memory: dict[int, int] = {}
-        params = []
-        for optimizer in {*optimizers, *_seen}:
-            if any(group.get("capturable") for group in optimizer.param_groups):
-                continue  # its step may be replayed by a CUDA graph, which calls no hook
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    params.append(id(p))
-                    self._add(p)
-            for entry in optimizer.state.values():
-                for value in entry.values() if isinstance(entry, dict) else ():
-                    if isinstance(value, torch.Tensor):
-                        self._add(value)
+        tensors, params = _tensors_of(optimizers)
+        self._pointers = [t.data_ptr() for t in tensors]
+        self._memory = {
+            t.data_ptr(): t.numel() * t.dtype.itemsize
+            for t in tensors
+            if t.layout == torch.strided and not t.is_inference()
+        }
         self.params = frozenset(params)
 
-    def _add(self, tensor: torch.Tensor) -> None:
-        if tensor.layout == torch.strided and not tensor.is_inference():
-            self._memory[tensor.data_ptr()] = tensor.numel() * tensor.dtype.itemsize
+    def holds(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether the same optimizers still own the same memory."""
+        tensors, params = _tensors_of(optimizers)
+        return [t.data_ptr() for t in tensors] == self._pointers and self.params == set(params)
 
     def covers(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor` is such memory, whole."""
         size = tensor.numel() * tensor.dtype.itemsize
         return self._memory.get(tensor.data_ptr(), -1) == size and not tensor.is_inference()
+
+
+def _tensors_of(optimizers: Iterable[Optimizer]) -> tuple[list[torch.Tensor], list[int]]:
+    """All that these optimizers, and those that were seen to step, change in their steps; and `id` of the parameters.
+
+    One whose step may be replayed by a CUDA graph calls no hook, and owns nothing.
+    """
+    tensors, params = [], []
+    for optimizer in sorted({*optimizers, *_seen}, key=id):
+        if any(group.get("capturable") for group in optimizer.param_groups):
+            continue
+        for group in optimizer.param_groups:
+            tensors.extend(group["params"])
+            params.extend(map(id, group["params"]))
+        for entry in optimizer.state.values():
+            if isinstance(entry, dict):
+                tensors.extend(value for value in entry.values() if isinstance(value, torch.Tensor))
+    return tensors, params

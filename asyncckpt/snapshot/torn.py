@@ -17,7 +17,7 @@ import torch
 
 _WORDS = 8192
 _seeds = itertools.count()
-_MEMORY = np.frombuffer((ctypes.c_uint8 * (1 << 47)).from_address(0), np.uint32)
+_MEMORY: npt.NDArray[np.uint32] = np.frombuffer(memoryview((ctypes.c_uint8 * (1 << 47)).from_address(0)), np.uint32)
 """All of this process's address space, so that words of many tensors are read by one call."""
 
 

@@ -1,0 +1,443 @@
+"""One snapshot: state -> plan -> arena.
+
+`describe` walks the state (or asks the guards whether the last walk still holds) and says what the arena must take;
+`take` starts the copies. What may change before the next optimizer step is copied before `take` returns, the rest
+behind the fence, unless everything is to be copied at once.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from torch.optim import Optimizer
+
+from asyncckpt.errors import TornSnapshotError, UnsupportedStateError
+from asyncckpt.format import names
+from asyncckpt.snapshot import fence
+from asyncckpt.snapshot.arena import PAGE, Arena
+from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
+from asyncckpt.snapshot.cuda import DeviceCopies, pin
+from asyncckpt.snapshot.flatten import Flattener
+from asyncckpt.snapshot.guards import ModuleGuard, OptimizerGuard
+from asyncckpt.snapshot.plan import PartPlan, Source, plan_part
+from asyncckpt.snapshot.torn import Look, Watched
+from asyncckpt.write.workers import DaemonPool
+
+MAX_THREADS = 8
+
+
+@dataclass
+class _Split:
+    """Which sources of a part are copied before `save` returns, and which behind the fence."""
+
+    owned: fence.Owned | None
+    torn: int
+    eager: list[int]
+    late: list[int]
+    watched: Watched
+
+
+@dataclass
+class _Part:
+    """What is known of one part from its last save."""
+
+    plan: PartPlan
+    tree: bytes
+    value: weakref.ref[Any] | None = None
+    guard: ModuleGuard | OptimizerGuard | None = None
+    frame: tuple[msgspec.Raw, list[msgspec.Raw]] | None = None
+    """Of an optimizer: its `state` and each group's `params`, as JSON."""
+    live: list[torch.Tensor] = field(default_factory=list)
+    shape: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
+    split: _Split | None = None
+
+    def still(self, value: Any) -> bool:
+        """Whether `value` is the same object with the same tensors at the same places."""
+        return (
+            self.guard is not None
+            and self.value is not None
+            and self.value() is value
+            and self.guard.holds(value)
+            and [(t.data_ptr(), t.shape, t.stride()) for t in self.live] == self.shape
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes."""
+
+    parts: dict[str, _Part]
+    spans: list[tuple[str, int, int]]
+    trees: bytes
+    trees_offset: int
+    size: int
+    optimizers: list[Optimizer]
+
+
+class Snapshot:
+    """A snapshot being taken. `ended` is called once: with None when it is whole and consistent, else with the error."""
+
+    def __init__(
+        self,
+        owner: Snapshotter,
+        params: frozenset[int],
+        looks: list[Look],
+        device_looks: list[Look],
+        device: DeviceCopies,
+        staged: Callable[[int], None],
+        ended: Callable[[BaseException | None], None],
+    ) -> None:
+        self.params = params
+        self.begun = time.time()
+        self.over_at: float | None = None
+        self._owner = owner
+        self._looks, self._device_looks = looks, device_looks
+        self._device = device
+        self._staged, self._ended = staged, ended
+        self._torn: set[str] = set()
+        self._sealed = threading.Event()
+        self._job: CopyJob | None = None
+
+    def start(self, job_pieces: list[Piece], end: int, arena: Arena) -> CopyJob:
+        staged = (lambda upto: None) if self._device else self._staged
+        self._job = CopyJob(job_pieces, end, arena, staged, self._host_done)
+        return self._job
+
+    def fence(self) -> None:
+        """Return when a change can no longer reach the snapshot."""
+        begun = time.perf_counter()
+        if self._device:
+            self._device.hold_back()
+            self._check(self._device_looks)
+        if self._job is not None and not self._job.over:
+            self._job.work()
+            self._job.wait()
+        self._owner.fenced += time.perf_counter() - begun
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, well or not."""
+        return self._sealed.wait(timeout)
+
+    def _host_done(self, error: BaseException | None) -> None:
+        self._check(self._looks)
+        if self._device:
+            self._owner.pool.submit(self._device_done, error)
+        else:
+            self._end(error)
+
+    def _device_done(self, error: BaseException | None) -> None:
+        try:
+            self._device.wait()
+            self._check(self._device_looks)
+        except Exception as failure:
+            error = error or failure
+        self._end(error)
+
+    def _check(self, looks: list[Look]) -> None:
+        for look in looks:
+            self._torn.update(look.changed())
+        looks.clear()
+
+    def _end(self, error: BaseException | None) -> None:
+        fence.land(self)
+        self.over_at = time.time()
+        if error is None and self._torn:
+            error = self._owner.tore(tuple(sorted(self._torn)))
+        try:
+            self._ended(error)
+        finally:
+            self._sealed.set()
+
+
+class Snapshotter:
+    """Takes the snapshots of one Checkpointer. `overlap_parts` opts parts in whose owner calls `fence()` itself."""
+
+    def __init__(self, overlap_parts: Collection[str] = ()) -> None:
+        self.overlap_parts = frozenset(overlap_parts)
+        self.fenced = 0.0
+        """Seconds that optimizer steps waited at the fence."""
+        self.pool = DaemonPool(1, "asyncckpt-copy")
+        self._helpers: DaemonPool | None = None
+        self._helper_count = 0
+        self._parts: dict[str, _Part] = {}
+        self._owned: fence.Owned | None = None
+        self._torn: set[str] = set()
+        self._warned = False
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._loading: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    # Describe
+
+    def describe(self, state: Mapping[str, Any]) -> Description:
+        """Walk `state`.
+
+        Raises:
+            UnsupportedStateError: something in it can't be stored exactly, or a part's name can't be a file's.
+        """
+        _check_names(state)
+        parts = {name: self._describe_part(name, value) for name, value in state.items()}
+        self._parts.update(parts)
+        spans, position = [], 0
+        for name, part in parts.items():
+            size = part.plan.image.size if part.plan.specs else 0
+            spans.append((name, position, size))
+            position += -(-size // PAGE) * PAGE
+        trees = msgspec.json.encode({name: msgspec.Raw(part.tree) for name, part in parts.items()})
+        optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+        size = position + len(trees) + len(trees) // 4 + PAGE
+        return Description(parts, spans, trees, position, size, optimizers)
+
+    def _describe_part(self, name: str, value: Any) -> _Part:
+        known = self._parts.get(name)
+        if known is not None and known.still(value):
+            if isinstance(value, Optimizer):
+                known.tree = self._optimizer_tree(name, value, known)
+            return known
+        flattener = Flattener()
+        node = flattener.encode(value, (name,))
+        part = _Part(plan_part(flattener.leaves, known.plan if known else None), b"")
+        part.tree = msgspec.json.encode(node)
+        self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
+        return part
+
+    def _guard(self, name: str, value: Any, node: Any, part: _Part, live: list[torch.Tensor]) -> None:
+        """Remember what lets the next save skip the walk, where the value is one whose structure can be guarded."""
+        if isinstance(value, torch.nn.Module) and ModuleGuard.fits(value):
+            part.guard = ModuleGuard(value)
+        elif isinstance(value, Optimizer) and OptimizerGuard.fits(value):
+            part.guard = OptimizerGuard(value)
+            groups = [msgspec.Raw(msgspec.json.encode(group["params"])) for group in node["param_groups"]]
+            part.frame = (msgspec.Raw(msgspec.json.encode(node["state"])), groups)
+        else:
+            return
+        part.live = live
+        part.shape = [(t.data_ptr(), t.shape, t.stride()) for t in live]
+        part.value = weakref.ref(value, partial(_forget, weakref.ref(self), name))
+
+    def _optimizer_tree(self, name: str, optimizer: Optimizer, part: _Part) -> bytes:
+        """The tree of an optimizer whose tensors stand where they stood, with its hyperparameters as they are now."""
+        assert part.frame is not None
+        state, params = part.frame
+        flattener = Flattener()
+        groups = [
+            {
+                key: raw if key == "params" else flattener.encode(item, (name, "param_groups", i, key))
+                for key, item in (*((k, v) for k, v in group.items() if k != "params"), ("params", None))
+            }
+            for i, (group, raw) in enumerate(zip(optimizer.param_groups, params, strict=True))
+        ]
+        return msgspec.json.encode({"state": state, "param_groups": groups})
+
+    # Take
+
+    def take(
+        self,
+        what: Description,
+        arena: Arena,
+        overlap: bool,
+        staged: Callable[[int], None],
+        ended: Callable[[BaseException | None], None],
+    ) -> Snapshot:
+        """Start the copies. `staged` and `ended` may be called from other threads, and before this returns."""
+        owned = self._owned_by(what.optimizers) if overlap else None
+        device = DeviceCopies(self._streams)
+        now: list[Piece] = [
+            (what.trees_offset, partial(_put, arena, what.trees_offset, what.trees)),
+            *(
+                (base, partial(_put, arena, base, what.parts[name].plan.image.header))
+                for name, base, n in what.spans
+                if n
+            ),
+        ]
+        later: list[Piece] = []
+        looks: list[Look] = []
+        device_looks: list[Look] = []
+        on_device: list[tuple[PartPlan, int, list[int]]] = []
+        for name, base, size in what.spans:
+            if not size:
+                continue
+            part = what.parts[name]
+            split = self._split(name, part, owned)
+            plan = part.plan
+            on_gpu = [i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"]
+            if on_gpu:
+                pin(arena)
+                device.enqueue(plan, [i for i in split.eager if i in set(on_gpu)], base, arena)
+                on_device.append((plan, base, [i for i in split.late if i in set(on_gpu)]))
+            if owned is not None and not arena.ready:
+                plan = _detach_eager(plan, split.eager)
+            eager, late = self._programs(name, plan, split, base, arena, cached=plan is part.plan)
+            (later if owned is not None and not arena.ready else now).extend(eager)
+            later.extend(late)
+            if split.late:
+                (device_looks if on_gpu else looks).append(split.watched.look())
+        if device:
+            device.mark()
+            device.hold_back()
+        for plan, base, which in on_device:
+            device.enqueue(plan, which, base, arena)
+        if device:
+            device.mark()
+        snapshot = Snapshot(self, owned.params if owned else frozenset(), looks, device_looks, device, staged, ended)
+        end = what.trees_offset + len(what.trees)
+        if owned is None or not later:
+            job = snapshot.start(now + later, end, arena)
+            self._all_hands(job)
+        else:
+            self._guard_loading(what)
+            if arena.ready:
+                self._all_hands(CopyJob(now, end, arena, lambda upto: None, _raise_now))
+                job = snapshot.start(later, end, arena)
+            else:
+                job = snapshot.start(now + later, end, arena)
+            fence.take_off(snapshot)
+            self.pool.submit(job.work)
+        return snapshot
+
+    def _owned_by(self, optimizers: list[Optimizer]) -> fence.Owned:
+        if self._owned is None or not self._owned.holds(optimizers):
+            self._owned = fence.Owned(optimizers)
+        return self._owned
+
+    def _split(self, name: str, part: _Part, owned: fence.Owned | None) -> _Split:
+        split = part.split
+        if split is not None and split.owned is owned and split.torn == len(self._torn):
+            return split
+        eager, late, watched_names, watched = [], [], [], []
+        for i, (entry, source) in enumerate(zip(part.plan.image.entries, part.plan.sources, strict=True)):
+            full = f"{name}/{entry.name}"
+            if owned is None or full in self._torn or not self._may_wait(name, source, owned):
+                eager.append(i)
+            else:
+                late.append(i)
+                watched_names += [full] * len(source.live)
+                watched += source.live
+        part.split = _Split(owned, len(self._torn), eager, late, Watched(watched_names, watched))
+        return part.split
+
+    def _may_wait(self, name: str, source: Source, owned: fence.Owned) -> bool:
+        if name in self.overlap_parts:
+            return not any(t.is_inference() for t in source.live)
+        return all(owned.covers(t) for t in source.live)
+
+    def _programs(
+        self, name: str, plan: PartPlan, split: _Split, base: int, arena: Arena, cached: bool
+    ) -> tuple[list[Piece], list[Piece]]:
+        """The pieces that copy a part, eager and late; kept with the arena while nothing of it changes."""
+        key = (plan, split, base)
+        known: Any = arena.programs.get(name)
+        if (
+            known is not None
+            and all(a is b for a, b in zip(known[0][:2], key[:2], strict=True))
+            and known[0][2] == base
+        ):
+            return known[1]  # type: ignore[no-any-return]
+        on_host = [source.data.device.type != "cuda" for source in plan.sources]
+        made = tuple(pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late))
+        if cached:
+            arena.programs[name] = (key, made)
+        return made  # type: ignore[return-value]
+
+    def _all_hands(self, job: CopyJob) -> None:
+        """Run a job on all of torch's threads, this one among them, and return when it is over."""
+        count = min(torch.get_num_threads(), MAX_THREADS) - 1
+        if count > self._helper_count:
+            if self._helpers is not None:
+                self._helpers.shutdown()
+            self._helpers, self._helper_count = DaemonPool(count, "asyncckpt-copy"), count
+        for _ in range(count):
+            assert self._helpers is not None
+            self._helpers.submit(job.work)
+        job.work()
+        job.wait()
+
+    def _guard_loading(self, what: Description) -> None:
+        for part in what.parts.values():
+            value = part.value() if part.value is not None else None
+            if value is not None and id(value) not in self._loading:
+                hook = fence.guard_loading(value)
+                if hook is not None:
+                    self._loading[id(value)] = (weakref.ref(value, partial(_unhook, self._loading, id(value))), hook)
+
+    # After
+
+    def tore(self, tensors: tuple[str, ...]) -> TornSnapshotError:
+        """Note tensors that changed behind the fence's back: they are copied before `save` returns from now on."""
+        self._torn.update(tensors)
+        few = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
+        message = (
+            f"{few} changed while being copied in the background, outside of optimizer.step(); this save was not "
+            "committed. They are copied before save() returns from now on. Call fence() before such an update to "
+            "overlap them, or use overlap=False."
+        )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return TornSnapshotError(message, tensors=tensors)
+
+    def close(self) -> None:
+        """Let go of the state, and take all hooks off it."""
+        self._parts.clear()
+        self._owned = None
+        for _, hook in self._loading.values():
+            hook.remove()
+        self._loading.clear()
+        self.pool.shutdown()
+        if self._helpers is not None:
+            self._helpers.shutdown()
+
+
+def _check_names(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping) or not state:
+        raise UnsupportedStateError(
+            "the state must be a dict of named parts, such as {'model': model, 'optimizer': optimizer}",
+            path="the state",
+        )
+    folded: set[str] = set()
+    for name in state:
+        if not isinstance(name, str) or not names.is_part(name):
+            raise UnsupportedStateError(
+                f"{name!r} can't be the name of a part: it becomes a file name, {names.PART_RULE}", path=str(name)
+            )
+        if name.lower() in folded:
+            raise UnsupportedStateError(f"two parts are named {name!r} but for upper and lower case", path=name)
+        folded.add(name.lower())
+
+
+def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
+    """The plan with copies in place of the eager sources, for an arena whose pages are yet to be taken."""
+    sources = list(plan.sources)
+    for i in eager:
+        source = sources[i]
+        if source.data.device.type != "cuda":
+            sources[i] = Source(source.data.clone(memory_format=torch.preserve_format), source.live, source.contiguous)
+    return PartPlan(plan.specs, sources, plan.image)
+
+
+def _put(arena: Arena, offset: int, data: bytes) -> None:
+    arena.memory[offset : offset + len(data)] = data
+
+
+def _raise_now(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _forget(owner: weakref.ref[Snapshotter], name: str, value: object) -> None:
+    """The object behind a part is gone: do not keep its tensors."""
+    snapshotter = owner()
+    if snapshotter is not None:
+        snapshotter._parts.pop(name, None)
+
+
+def _unhook(loading: dict[int, Any], key: int, value: object) -> None:
+    loading.pop(key, None)
