@@ -12,7 +12,7 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class Arena:
         self.address = self.bytes.data_ptr()
         self.ready = False
         """Whether its pages are there."""
-        self.programs: dict[str, object] = {}
-        """What the snapshotter knows of how to fill it, by part."""
+        self.before_close: list[Callable[[], None]] = []
+        """What has to be undone before the memory is given back."""
         self._lock = threading.Lock()
 
     def reserve(self) -> None:
@@ -78,7 +78,9 @@ class Arena:
 
     def close(self) -> None:
         """Give the memory back as soon as nothing in this process refers to it."""
-        self.programs.clear()
+        for undo in self.before_close:
+            undo()
+        self.before_close.clear()
         fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)

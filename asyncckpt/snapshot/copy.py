@@ -92,7 +92,7 @@ class CopyJob:
         self._front = 0
         self._told = 0
         self._left = len(self._pieces)
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._over = threading.Event()
         if not self._pieces:
             self._finish()
@@ -113,11 +113,11 @@ class CopyJob:
                     return
                 self._next += 1
             try:
-                if self._error is None:
+                if self.error is None:
                     self._arena.reserve()
                     self._pieces[index][1]()
             except BaseException as error:
-                self._error = error
+                self.error = error
             self._complete(index)
 
     def _complete(self, index: int) -> None:
@@ -128,7 +128,7 @@ class CopyJob:
                 self._front += 1
             last = self._left == 0
             upto = self._end if last else self._pieces[self._front][0]
-            if self._error is None and (last or upto - self._told >= _STAGED_STEP):
+            if self.error is None and (last or upto - self._told >= _STAGED_STEP):
                 self._told = upto
                 self._staged(upto)
         if last:
@@ -136,7 +136,7 @@ class CopyJob:
 
     def _finish(self) -> None:
         try:
-            self._done(self._error)
+            self._done(self.error)
         finally:
             self._pieces = []
             self._over.set()

@@ -6,6 +6,7 @@ This module has not yet run on a GPU (see the README); everything else works wit
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 
@@ -24,22 +25,15 @@ def pin(arena: Arena) -> None:
     Raises:
         CheckpointError: the driver refuses (more than it may lock).
     """
-    if "cuda" in arena.programs:
+    if arena.before_close:
         return
     arena.reserve()
-    runtime = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for start in range(0, arena.size, _SEGMENT):
         status = runtime.cudaHostRegister(arena.address + start, min(_SEGMENT, arena.size - start), _PORTABLE)
         if int(status) != 0:
             raise CheckpointError(f"can't pin an arena of {arena.size} bytes: CUDA error {int(status)}. See ulimit -l.")
-    arena.programs["cuda"] = True
-
-
-def unpin(arena: Arena) -> None:
-    if arena.programs.pop("cuda", False):
-        runtime = torch.cuda.cudart()
-        for start in range(0, arena.size, _SEGMENT):
-            runtime.cudaHostUnregister(arena.address + start)
+        arena.before_close.append(partial(runtime.cudaHostUnregister, arena.address + start))
 
 
 class DeviceCopies:
@@ -62,10 +56,10 @@ class DeviceCopies:
             device = source.data.device
             stream = self._streams.get(device)
             if stream is None:
-                stream = self._streams[device] = torch.cuda.Stream(device)
+                stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             if device not in self._events:
                 stream.wait_stream(torch.cuda.current_stream(device))
-                self._events[device] = torch.cuda.Event()
+                self._events[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             plain = dtypes.as_plain(source.data)
             start = base + entry.offset
             target = arena.bytes[start : start + entry.nbytes].view(plain.dtype).view(plain.shape)

@@ -114,7 +114,8 @@ def _tensors_of(optimizers: Iterable[Optimizer]) -> tuple[list[torch.Tensor], li
 
     One whose step may be replayed by a CUDA graph calls no hook, and owns nothing.
     """
-    tensors, params = [], []
+    tensors: list[torch.Tensor] = []
+    params: list[int] = []
     for optimizer in sorted({*optimizers, *_seen}, key=id):
         if any(group.get("capturable") for group in optimizer.param_groups):
             continue

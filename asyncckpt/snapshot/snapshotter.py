@@ -47,6 +47,16 @@ class _Split:
 
 
 @dataclass
+class _Program:
+    """The pieces that copy one part into one arena."""
+
+    split: _Split
+    base: int
+    eager: list[Piece]
+    late: list[Piece]
+
+
+@dataclass
 class _Part:
     """What is known of one part from its last save."""
 
@@ -59,6 +69,7 @@ class _Part:
     live: list[torch.Tensor] = field(default_factory=list)
     shape: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
     split: _Split | None = None
+    programs: weakref.WeakKeyDictionary[Arena, _Program] = field(default_factory=weakref.WeakKeyDictionary)
 
     def still(self, value: Any) -> bool:
         """Whether `value` is the same object with the same tensors at the same places."""
@@ -84,7 +95,7 @@ class Description:
 
 
 class Snapshot:
-    """A snapshot being taken. `ended` is called once: with None when it is whole and consistent, else with the error."""
+    """A snapshot being taken. `ended` is called once: with None when it is whole and consistent, else with an error."""
 
     def __init__(
         self,
@@ -275,9 +286,9 @@ class Snapshotter:
                 on_device.append((plan, base, [i for i in split.late if i in set(on_gpu)]))
             if owned is not None and not arena.ready:
                 plan = _detach_eager(plan, split.eager)
-            eager, late = self._programs(name, plan, split, base, arena, cached=plan is part.plan)
-            (later if owned is not None and not arena.ready else now).extend(eager)
-            later.extend(late)
+            program = self._program(part, plan, split, base, arena)
+            now.extend(program.eager)
+            later.extend(program.late)
             if split.late:
                 (device_looks if on_gpu else looks).append(split.watched.look())
         if device:
@@ -295,7 +306,10 @@ class Snapshotter:
         else:
             self._guard_loading(what)
             if arena.ready:
-                self._all_hands(CopyJob(now, end, arena, lambda upto: None, _raise_now))
+                at_once = CopyJob(now, end, arena, lambda upto: None, lambda error: None)
+                self._all_hands(at_once)
+                if at_once.error is not None:
+                    raise at_once.error
                 job = snapshot.start(later, end, arena)
             else:
                 job = snapshot.start(now + later, end, arena)
@@ -329,10 +343,8 @@ class Snapshotter:
             return not any(t.is_inference() for t in source.live)
         return all(owned.covers(t) for t in source.live)
 
-    def _programs(
-        self, name: str, plan: PartPlan, split: _Split, base: int, arena: Arena, cached: bool
-    ) -> tuple[list[Piece], list[Piece]]:
-        """The pieces that copy a part, eager and late; kept with the arena while nothing of it changes."""
+    def _program(self, part: _Part, plan: PartPlan, split: _Split, base: int, arena: Arena) -> _Program:
+        """The pieces that copy a part; kept while nothing of it changes."""
         key = (plan, split, base)
         known: Any = arena.programs.get(name)
         if (
@@ -425,11 +437,6 @@ def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
 
 def _put(arena: Arena, offset: int, data: bytes) -> None:
     arena.memory[offset : offset + len(data)] = data
-
-
-def _raise_now(error: BaseException | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _forget(owner: weakref.ref[Snapshotter], name: str, value: object) -> None:

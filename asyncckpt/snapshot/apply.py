@@ -1,0 +1,197 @@
+"""Restored values into live objects, in place.
+
+`fit` compares first and raises before anything is touched; `apply` then changes the live objects. Modules and
+anything with `load_state_dict` load; tensors and arrays in containers are written in place; plain values replace
+those in dicts and lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from asyncckpt.errors import StateMismatchError
+from asyncckpt.format.tree import Path, show
+from asyncckpt.snapshot.flatten import is_stateful
+
+Rename = Callable[[str], str] | Mapping[str, str]
+
+
+class Mismatch:
+    """What does not fit, collected over the whole state."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.misshaped: list[str] = []
+
+    def check(self, strict: bool) -> None:
+        """Raise unless everything fits, or, when not strict, unless only keys are missing or unexpected.
+
+        Raises:
+            StateMismatchError: names every key.
+        """
+        if not (self.misshaped or (strict and (self.missing or self.unexpected))):
+            return
+        lines = [
+            f"{what}: {', '.join(keys[:20])}{f' and {len(keys) - 20} more' if len(keys) > 20 else ''}"
+            for what, keys in (
+                ("missing from the checkpoint", self.missing),
+                ("unexpected in the checkpoint", self.unexpected),
+                ("of another shape", self.misshaped),
+            )
+            if keys
+        ]
+        raise StateMismatchError(
+            f"the checkpoint does not fit the live state; nothing was changed. {'; '.join(lines)}. "
+            "Use rename= for other names, parts= for a part of it, strict=False to skip missing and unexpected keys.",
+            missing=tuple(self.missing),
+            unexpected=tuple(self.unexpected),
+            misshaped=tuple(self.misshaped),
+        )
+
+
+def rename_keys(saved: Any, rename: Rename | None) -> Any:
+    """`saved` with its top-level text keys renamed: by a function, or by a mapping of prefixes, each tried in turn."""
+    if rename is None or not isinstance(saved, dict):
+        return saved
+    renamed = type(saved)((_renamed(key, rename) if isinstance(key, str) else key, item) for key, item in saved.items())
+    if hasattr(saved, "_metadata"):
+        renamed._metadata = type(saved._metadata)(
+            (_renamed(key + ".", rename).removesuffix(".") if key else key, item)
+            for key, item in saved._metadata.items()
+        )
+    return renamed
+
+
+def _renamed(key: str, rename: Rename) -> str:
+    if not isinstance(rename, Mapping):
+        return rename(key)
+    for prefix, other in rename.items():
+        if key.startswith(prefix):
+            key = other + key[len(prefix) :]
+    return key
+
+
+def fit(live: Any, saved: Any, path: Path, found: Mismatch) -> None:
+    """Compare a live value with a saved one, and note what differs in `found`. Changes nothing."""
+    if isinstance(live, torch.nn.Module):
+        _fit_keys(live.state_dict(), saved, path, found)
+    elif isinstance(live, Optimizer):
+        _fit_optimizer(live, saved, path, found)
+    elif is_stateful(live):
+        pass  # its own load_state_dict judges
+    elif isinstance(live, torch.Tensor | np.ndarray):
+        if not isinstance(saved, torch.Tensor | np.ndarray) or tuple(live.shape) != tuple(saved.shape):
+            found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, {_form(live)} here)")
+    elif isinstance(live, Mapping):
+        _fit_keys(live, saved, path, found)
+    elif isinstance(live, list | tuple) and _holds_state(live):
+        if not isinstance(saved, list | tuple) or len(saved) != len(live):
+            found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, {_form(live)} here)")
+            return
+        for i, (item, other) in enumerate(zip(live, saved, strict=True)):
+            fit(item, other, (*path, i), found)
+
+
+def _fit_keys(live: Mapping[Any, Any], saved: Any, path: Path, found: Mismatch) -> None:
+    if not isinstance(saved, Mapping):
+        found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, {_form(live)} here)")
+        return
+    found.missing += [show((*path, key)) for key in live if key not in saved]
+    if _holds_state(live) or not live:
+        found.unexpected += [show((*path, key)) for key in saved if key not in live and live]
+    for key, item in live.items():
+        if key in saved:
+            fit(item, saved[key], (*path, key), found)
+
+
+def _fit_optimizer(live: Optimizer, saved: Any, path: Path, found: Mismatch) -> None:
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if not isinstance(groups, list):
+        found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, an optimizer here)")
+        return
+    ours, theirs = ([len(g["params"]) for g in side] for side in (live.param_groups, groups))
+    if ours != theirs:
+        found.misshaped.append(f"{show(path)} (groups of {theirs} parameters in the checkpoint, of {ours} here)")
+
+
+def _holds_state(value: Any) -> bool:
+    """Whether there is anything in a container that is restored in place."""
+    if isinstance(value, torch.Tensor | np.ndarray) or is_stateful(value):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_holds_state, value.values()))
+    return isinstance(value, list | tuple) and any(map(_holds_state, value))
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return f"shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+def apply(live: Any, saved: Any, strict: bool) -> Any:
+    """Write `saved` into `live` where that can be done in place, and return what belongs in its place."""
+    if isinstance(live, torch.nn.Module):
+        live.load_state_dict(saved, strict=strict)
+        return live
+    if isinstance(live, Optimizer):
+        _load_optimizer(live, saved)
+        return live
+    if is_stateful(live):
+        live.load_state_dict(saved)
+        return live
+    if isinstance(live, torch.Tensor):
+        with torch.no_grad():
+            _write_tensor(live, torch.as_tensor(saved))
+        return live
+    if isinstance(live, np.ndarray):
+        if live.flags.writeable and live.dtype == np.asarray(saved).dtype:
+            live[...] = saved
+            return live
+        return np.asarray(saved)
+    if isinstance(live, MutableMapping):
+        for key in list(live):
+            if key in saved:
+                live[key] = apply(live[key], saved[key], strict)
+        if strict:
+            for key in saved:
+                if key not in live:
+                    live[key] = saved[key]
+        return live
+    if isinstance(live, list | tuple) and _holds_state(live):
+        items = [apply(item, other, strict) for item, other in zip(live, saved, strict=True)]
+        if isinstance(live, MutableSequence):
+            live[:] = items
+            return live
+        return live if all(a is b for a, b in zip(items, live, strict=True)) else type(live)(items)
+    return saved
+
+
+def _write_tensor(live: torch.Tensor, saved: torch.Tensor) -> None:
+    """Copy in place; dimensions that are one item over and over are written once."""
+    for dimension, stride in enumerate(live.stride()):
+        if stride == 0 and live.shape[dimension] > 1:
+            live, saved = live.narrow(dimension, 0, 1), saved.narrow(dimension, 0, 1)
+    live.copy_(saved)
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """`load_state_dict`, and then every state tensor in the very dtype it was saved in.
+
+    torch casts floating state to the dtype of its parameter, which would round fp32 moments of bf16 parameters.
+    """
+    optimizer.load_state_dict(saved)
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for p, index in zip(group["params"], saved_group["params"], strict=True):
+            for name, value in saved["state"].get(index, {}).items():
+                now = optimizer.state[p].get(name)
+                if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                    optimizer.state[p][name] = value.to(now.device)

@@ -1,0 +1,161 @@
+"""Verified bytes to Python objects. Tensors lie in the memory that was read, each with a storage of its own size."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+
+from asyncckpt.format.image import Entry
+from asyncckpt.format.tree import TAG, Decoder, Node, numpy_dtype
+from asyncckpt.read.reader import CheckpointReader, PartImage
+from asyncckpt.snapshot import dtypes
+
+_ALIGN = 64
+"""What torch's own allocations give; some matrix kernels round differently on other addresses."""
+
+
+def rebuild_part(reader: CheckpointReader, part: str) -> Any:
+    """The value of `part`: tensors on the CPU, everything else as it was saved.
+
+    Raises:
+        CorruptCheckpointError: some byte is not what was committed.
+    """
+    return Rebuilder(reader.image(part)).decode(reader.tree(part))
+
+
+def rebuild_tensors(reader: CheckpointReader, part: str, keys: list[str]) -> dict[str, torch.Tensor]:
+    """Single tensors of `part`, by their names in the image; only the chunks that hold them are read."""
+    image = reader.image(part, keys)
+    rebuilder = Rebuilder(image)
+    nodes = {node["n"]: node for node in _tensor_nodes(reader.tree(part)) if "o" not in node}
+    return {key: rebuilder.decode(nodes.get(key, {TAG: "tensor", "n": key})) for key in keys}
+
+
+def _tensor_nodes(node: Node) -> list[dict[str, Any]]:
+    found, left = [], [node]
+    while left:
+        item = left.pop()
+        if isinstance(item, list):
+            left.extend(item)
+        elif isinstance(item, dict):
+            if item.get(TAG) == "tensor":
+                found.append(item)
+            else:
+                left.extend(item.values())
+    return found
+
+
+class Rebuilder(Decoder):
+    """Nodes to values, tensors and arrays out of `image`. What was one tensor at the save is one tensor again."""
+
+    def __init__(self, image: PartImage) -> None:
+        self._image = image
+        self._plain: dict[str, torch.Tensor] = {}
+        self._made: dict[str, torch.Tensor] = {}
+
+    def other(self, tag: str, node: dict[str, Any]) -> Any:
+        if tag == "tensor":
+            return self._tensor(node)
+        if tag == "ndarray":
+            return self._array(node)
+        if tag == "module":
+            state = OrderedDict((name, self._value(item, 1)) for name, item in node["v"].items())
+            if node["m"] is not None:
+                state._metadata = OrderedDict(self._value(node["m"], 1))  # type: ignore[attr-defined]
+            return state
+        if tag == "dtype":
+            return dtypes.BY_NAME[node["v"]]
+        if tag == "device":
+            return torch.device(node["v"])
+        if tag == "size":
+            return torch.Size(node["v"])
+        return super().other(tag, node)
+
+    def _tensor(self, node: dict[str, Any]) -> torch.Tensor:
+        key = repr(sorted(node.items()))
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._make(node)
+        return made
+
+    def _make(self, node: dict[str, Any]) -> torch.Tensor:
+        entry = self._entry(node["n"])
+        stored = self._stored(entry)
+        dtype = dtypes.BY_NAME[node["d"]] if "d" in node else stored.dtype
+        shape, strides = node.get("s", list(entry.shape)), node.get("st")
+        if "o" in node:
+            return self._view(stored, dtype, shape, strides, node["o"])
+        if dtype is not stored.dtype:
+            _check(math.prod(shape) * dtype.itemsize == entry.nbytes, "a dtype that does not fit its bytes")
+            stored = stored.view(torch.uint8).reshape(-1).view(dtype).view(shape)
+        if strides is None:
+            return stored
+        _check(list(shape) == list(entry.shape) or dtype is not dtypes.BY_CODE[entry.dtype], "another shape")
+        made = torch.empty_strided(shape, strides, dtype=dtype)
+        _check(_reach(shape, strides) == math.prod(shape), "strides that are not a permutation")
+        dtypes.as_plain(made).copy_(dtypes.as_plain(stored))
+        return made
+
+    def _view(
+        self, stored: torch.Tensor, dtype: torch.dtype, shape: list[int], strides: list[int], offset: int
+    ) -> torch.Tensor:
+        storage = stored.untyped_storage()
+        width = dtype.itemsize
+        start = stored.storage_offset() * stored.dtype.itemsize + offset
+        _check(
+            all(n >= 0 for n in (*shape, *strides, offset))
+            and start % width == 0
+            and start + _reach(shape, strides) * width <= storage.nbytes(),
+            "a view outside its entry",
+        )
+        return torch.empty(0, dtype=dtype).set_(storage, start // width, shape, strides)
+
+    def _stored(self, entry: Entry) -> torch.Tensor:
+        """The entry, under its dtype of the header; one tensor however often it is asked for."""
+        found = self._plain.get(entry.name)
+        if found is None:
+            dtype = dtypes.BY_CODE[entry.dtype]
+            if entry.nbytes == 0:
+                found = torch.empty(entry.shape, dtype=dtype)
+            else:
+                window = self._image.buffer[entry.offset : entry.offset + entry.nbytes]
+                flat = torch.frombuffer(window, dtype=torch.uint8)
+                if flat.data_ptr() % _ALIGN:
+                    flat = flat.clone()
+                found = flat.view(dtype).view(entry.shape)
+            self._plain[entry.name] = found
+        return found
+
+    def _array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
+        entry = self._entry(node["n"])
+        dtype, shape = numpy_dtype(node["d"]), node["s"]
+        _check(all(n >= 0 for n in shape), "a negative shape")
+        _check(math.prod(shape) * dtype.itemsize == entry.nbytes, "a dtype that does not fit its bytes")
+        if entry.nbytes == 0:
+            return np.empty(shape, dtype)
+        data = bytearray(self._image.buffer[entry.offset : entry.offset + entry.nbytes])
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._image.entries.get(name)
+        if entry is None:
+            raise ValueError(f"the tree names a tensor {name!r} that the image does not have")
+        return entry
+
+
+def _reach(shape: list[int], strides: list[int]) -> int:
+    """Items from the first to the last, of a view."""
+    if len(shape) != len(strides):
+        raise ValueError("as many strides as dimensions")
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+def _check(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
