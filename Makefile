@@ -1,0 +1,34 @@
+# Each target does all of its own set-up; Python 3.11 or newer is all that has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:            ## list the targets
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)   ## train a small GPT, kill it in the middle of a save, resume it bit for bit
+	$(BIN)/python examples/train_gpt.py
+
+test: $(READY)   ## the whole test suite
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(READY)   ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove what was built
+	rm -rf $(VENV) dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
