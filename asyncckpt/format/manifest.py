@@ -5,7 +5,7 @@ manifest -> size and digest of each file -> prepare record (`state.json`) -> chu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -40,7 +40,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The commit of one step. `files` are relative to the folder of the attempt."""
+    """The commit of one step. `files` are relative to the folder of the attempt; a metric that is not finite is null."""
 
     step: int
     attempt: str
@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True):
     parts: list[str]
     files: dict[str, FileRecord]
     created: str
-    metrics: dict[str, float] = {}
+    metrics: Mapping[str, float | None] = {}
     format: int = VERSION
 
     @property
