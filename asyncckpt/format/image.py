@@ -31,6 +31,9 @@ ITEM_SIZE = {
 MAX_HEADER = 100_000_000
 """The reference reader's cap on N."""
 
+MAX_DIMENSIONS = 64
+"""That of torch and numpy. Without a bound the product of a hostile shape takes hours."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -130,8 +133,9 @@ def parse_header(header: bytes, size: int) -> dict[str, Entry]:
     for name, item in sorted(raw.items(), key=lambda pair: pair[1].data_offsets):
         start, end = item.data_offsets
         width = ITEM_SIZE.get(item.dtype)
-        if width is None or any(n < 0 for n in item.shape):
-            raise CorruptCheckpointError(f"tensor {name!r}: dtype {item.dtype!r}, shape {item.shape}", tensor=name)
+        if width is None or len(item.shape) > MAX_DIMENSIONS or any(n < 0 for n in item.shape):
+            shape = item.shape[:MAX_DIMENSIONS]
+            raise CorruptCheckpointError(f"tensor {name!r}: dtype {item.dtype!r}, shape {shape}", tensor=name)
         if start != position or end - start != math.prod(item.shape) * width:
             raise CorruptCheckpointError(f"tensor {name!r}: its place and its shape contradict each other", tensor=name)
         entries[name] = Entry(name, item.dtype, tuple(item.shape), len(header) + start, end - start)
