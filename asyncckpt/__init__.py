@@ -1,0 +1,72 @@
+"""asyncckpt: asynchronous, durable, verified checkpoints for PyTorch training.
+
+Names are loaded when they are first used: the writer process imports this package, and must not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncckpt.checkpointer import Checkpointer as Checkpointer
+    from asyncckpt.errors import CheckpointError as CheckpointError
+    from asyncckpt.errors import CheckpointExistsError as CheckpointExistsError
+    from asyncckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
+    from asyncckpt.errors import ConflictError as ConflictError
+    from asyncckpt.errors import CorruptCheckpointError as CorruptCheckpointError
+    from asyncckpt.errors import QueueFullError as QueueFullError
+    from asyncckpt.errors import StateMismatchError as StateMismatchError
+    from asyncckpt.errors import StorageError as StorageError
+    from asyncckpt.errors import TornSnapshotError as TornSnapshotError
+    from asyncckpt.errors import UnsupportedStateError as UnsupportedStateError
+    from asyncckpt.handle import SaveHandle as SaveHandle
+    from asyncckpt.handle import Timeline as Timeline
+    from asyncckpt.policy.cadence import Every as Every
+    from asyncckpt.policy.keep import Keep as Keep
+    from asyncckpt.run import Run as Run
+    from asyncckpt.run import load as load
+    from asyncckpt.run import open as open
+    from asyncckpt.run import restore as restore
+    from asyncckpt.snapshot.rng import RngState as RngState
+    from asyncckpt.stats import Stats as Stats
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpointer": "checkpointer",
+    "SaveHandle": "handle",
+    "Timeline": "handle",
+    "Stats": "stats",
+    "Every": "policy.cadence",
+    "Keep": "policy.keep",
+    "RngState": "snapshot.rng",
+    "Run": "run",
+    "load": "run",
+    "open": "run",
+    "restore": "run",
+    "CheckpointError": "errors",
+    "CheckpointExistsError": "errors",
+    "CheckpointNotFoundError": "errors",
+    "ConflictError": "errors",
+    "CorruptCheckpointError": "errors",
+    "QueueFullError": "errors",
+    "StateMismatchError": "errors",
+    "StorageError": "errors",
+    "TornSnapshotError": "errors",
+    "UnsupportedStateError": "errors",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'asyncckpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"asyncckpt.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

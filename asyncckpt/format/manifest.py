@@ -40,7 +40,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The commit of one step. `files` are relative to the folder of the attempt; a metric that is not finite is null."""
+    """The commit of one step. `files` are relative to the folder of the attempt; a metric not finite is null."""
 
     step: int
     attempt: str

@@ -59,7 +59,9 @@ def rename_keys(saved: Any, rename: Rename | None) -> Any:
     """`saved` with its top-level text keys renamed: by a function, or by a mapping of prefixes, each tried in turn."""
     if rename is None or not isinstance(saved, dict):
         return saved
-    renamed = type(saved)((_renamed(key, rename) if isinstance(key, str) else key, item) for key, item in saved.items())
+    renamed: Any = type(saved)(
+        (_renamed(key, rename) if isinstance(key, str) else key, item) for key, item in saved.items()
+    )
     if hasattr(saved, "_metadata"):
         renamed._metadata = type(saved._metadata)(
             (_renamed(key + ".", rename).removesuffix(".") if key else key, item)

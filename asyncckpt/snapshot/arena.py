@@ -46,6 +46,8 @@ class Arena:
         self.address = self.bytes.data_ptr()
         self.ready = False
         """Whether its pages are there."""
+        self.pinned = False
+        """Whether its pages are locked for a GPU."""
         self.before_close: list[Callable[[], None]] = []
         """What has to be undone before the memory is given back."""
         self._lock = threading.Lock()

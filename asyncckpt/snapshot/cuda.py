@@ -25,7 +25,7 @@ def pin(arena: Arena) -> None:
     Raises:
         CheckpointError: the driver refuses (more than it may lock).
     """
-    if arena.before_close:
+    if arena.pinned:
         return
     arena.reserve()
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -34,6 +34,7 @@ def pin(arena: Arena) -> None:
         if int(status) != 0:
             raise CheckpointError(f"can't pin an arena of {arena.size} bytes: CUDA error {int(status)}. See ulimit -l.")
         arena.before_close.append(partial(runtime.cudaHostUnregister, arena.address + start))
+    arena.pinned = True
 
 
 class DeviceCopies:

@@ -6,6 +6,7 @@ waiting (and lending a hand), on CUDA by a stream wait. A copy is joined before 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterable
@@ -53,6 +54,15 @@ def take_off(flight: Flight) -> None:
 
 def land(flight: Flight) -> None:
     _flights.pop(id(flight), None)
+
+
+def _ground_in_child() -> None:
+    """After a fork: the copies go on in the parent only; nothing in the child may wait for them."""
+    _flights.clear()
+    _clocks.clear()
+
+
+os.register_at_fork(after_in_child=_ground_in_child)
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -7,12 +7,17 @@ a hand in the state dict, there is no guard, and the state is walked anew at eve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 _Slot = tuple[dict[str, Any], str, Any]
+
+
+class Guard(Protocol):
+    def holds(self, value: Any, /) -> bool:
+        """Whether `value` is as it was when the guard was made."""
 
 
 class ModuleGuard:

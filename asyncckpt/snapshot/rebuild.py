@@ -88,7 +88,7 @@ class Rebuilder(Decoder):
         dtype = dtypes.BY_NAME[node["d"]] if "d" in node else stored.dtype
         shape, strides = node.get("s", list(entry.shape)), node.get("st")
         if "o" in node:
-            return self._view(stored, dtype, shape, strides, node["o"])
+            return self._view(stored, dtype, shape, node["st"], node["o"])
         if dtype is not stored.dtype:
             _check(math.prod(shape) * dtype.itemsize == entry.nbytes, "a dtype that does not fit its bytes")
             stored = stored.view(torch.uint8).reshape(-1).view(dtype).view(shape)

@@ -27,7 +27,7 @@ from asyncckpt.snapshot.arena import PAGE, Arena
 from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.flatten import Flattener
-from asyncckpt.snapshot.guards import ModuleGuard, OptimizerGuard
+from asyncckpt.snapshot.guards import Guard, ModuleGuard, OptimizerGuard
 from asyncckpt.snapshot.plan import PartPlan, Source, plan_part
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.workers import DaemonPool
@@ -63,7 +63,7 @@ class _Part:
     plan: PartPlan
     tree: bytes
     value: weakref.ref[Any] | None = None
-    guard: ModuleGuard | OptimizerGuard | None = None
+    guard: Guard | None = None
     frame: tuple[msgspec.Raw, list[msgspec.Raw]] | None = None
     """Of an optimizer: its `state` and each group's `params`, as JSON."""
     live: list[torch.Tensor] = field(default_factory=list)
@@ -108,8 +108,6 @@ class Snapshot:
         ended: Callable[[BaseException | None], None],
     ) -> None:
         self.params = params
-        self.begun = time.time()
-        self.over_at: float | None = None
         self._owner = owner
         self._looks, self._device_looks = looks, device_looks
         self._device = device
@@ -160,7 +158,6 @@ class Snapshot:
 
     def _end(self, error: BaseException | None) -> None:
         fence.land(self)
-        self.over_at = time.time()
         if error is None and self._torn:
             error = self._owner.tore(tuple(sorted(self._torn)))
         try:
@@ -279,11 +276,11 @@ class Snapshotter:
             part = what.parts[name]
             split = self._split(name, part, owned)
             plan = part.plan
-            on_gpu = [i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"]
+            on_gpu = {i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"}
             if on_gpu:
                 pin(arena)
-                device.enqueue(plan, [i for i in split.eager if i in set(on_gpu)], base, arena)
-                on_device.append((plan, base, [i for i in split.late if i in set(on_gpu)]))
+                device.enqueue(plan, [i for i in split.eager if i in on_gpu], base, arena)
+                on_device.append((plan, base, [i for i in split.late if i in on_gpu]))
             if owned is not None and not arena.ready:
                 plan = _detach_eager(plan, split.eager)
             program = self._program(part, plan, split, base, arena)
@@ -291,30 +288,28 @@ class Snapshotter:
             later.extend(program.late)
             if split.late:
                 (device_looks if on_gpu else looks).append(split.watched.look())
-        if device:
-            device.mark()
-            device.hold_back()
+        device.mark()
+        device.hold_back()
         for plan, base, which in on_device:
             device.enqueue(plan, which, base, arena)
-        if device:
-            device.mark()
+        device.mark()
+        overlapped = bool(later) or any(which for _, _, which in on_device)
         snapshot = Snapshot(self, owned.params if owned else frozenset(), looks, device_looks, device, staged, ended)
         end = what.trees_offset + len(what.trees)
-        if owned is None or not later:
-            job = snapshot.start(now + later, end, arena)
-            self._all_hands(job)
-        else:
-            self._guard_loading(what)
-            if arena.ready:
-                at_once = CopyJob(now, end, arena, lambda upto: None, lambda error: None)
-                self._all_hands(at_once)
-                if at_once.error is not None:
-                    raise at_once.error
-                job = snapshot.start(later, end, arena)
-            else:
-                job = snapshot.start(now + later, end, arena)
-            fence.take_off(snapshot)
-            self.pool.submit(job.work)
+        if not overlapped:
+            self._all_hands(snapshot.start(now + later, end, arena))
+            return snapshot
+        self._guard_loading(what)
+        if arena.ready:
+            at_once = CopyJob(now, end, arena, lambda upto: None, lambda error: None)
+            self._all_hands(at_once)
+            if at_once.error is not None:
+                device.wait()
+                raise at_once.error
+            now = []
+        fence.take_off(snapshot)
+        job = snapshot.start(now + later, end, arena)
+        self.pool.submit(job.work)
         return snapshot
 
     def _owned_by(self, optimizers: list[Optimizer]) -> fence.Owned:
@@ -345,19 +340,17 @@ class Snapshotter:
 
     def _program(self, part: _Part, plan: PartPlan, split: _Split, base: int, arena: Arena) -> _Program:
         """The pieces that copy a part; kept while nothing of it changes."""
-        key = (plan, split, base)
-        known: Any = arena.programs.get(name)
-        if (
-            known is not None
-            and all(a is b for a, b in zip(known[0][:2], key[:2], strict=True))
-            and known[0][2] == base
-        ):
-            return known[1]  # type: ignore[no-any-return]
+        known = part.programs.get(arena)
+        if known is not None and known.split is split and known.base == base and plan is part.plan:
+            return known
         on_host = [source.data.device.type != "cuda" for source in plan.sources]
-        made = tuple(pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late))
-        if cached:
-            arena.programs[name] = (key, made)
-        return made  # type: ignore[return-value]
+        eager, late = (
+            pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late)
+        )
+        made = _Program(split, base, eager, late)
+        if plan is part.plan:
+            part.programs[arena] = made
+        return made
 
     def _all_hands(self, job: CopyJob) -> None:
         """Run a job on all of torch's threads, this one among them, and return when it is over."""

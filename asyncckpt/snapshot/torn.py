@@ -17,8 +17,11 @@ import torch
 
 _WORDS = 8192
 _seeds = itertools.count()
-_MEMORY: npt.NDArray[np.uint32] = np.frombuffer(memoryview((ctypes.c_uint8 * (1 << 47)).from_address(0)), np.uint32)
-"""All of this process's address space, so that words of many tensors are read by one call."""
+_FIRST = 4096
+_MEMORY: npt.NDArray[np.uint32] = np.frombuffer(
+    memoryview((ctypes.c_uint8 * ((1 << 47) - _FIRST)).from_address(_FIRST)), np.uint32
+)
+"""All of this process's address space from `_FIRST` on, so that words of many tensors are read by one call."""
 
 
 class Watched:
@@ -41,7 +44,7 @@ class Watched:
         """What can be seen of the tensors now."""
         pointers = [t.data_ptr() for t in self.tensors]
         versions = [t._version for t in self.tensors]
-        starts = np.array(pointers, np.int64)[self._sampled] // 4
+        starts = (np.array(pointers, np.int64)[self._sampled] - _FIRST) // 4
         return Look(self, pointers, versions, _MEMORY.take(starts[:, None] + self._offsets))
 
 

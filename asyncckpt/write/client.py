@@ -41,6 +41,9 @@ class ArenaMemory(Protocol):
 
 
 class Writer(Protocol):
+    @property
+    def pid(self) -> int: ...
+
     def send(self, message: m.Request) -> None:
         """Returns at once; a message to a dead service is lost, and its death told by `on_death`."""
 

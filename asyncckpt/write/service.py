@@ -74,6 +74,7 @@ class Service:
             case m.Seal():
                 if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
                     save.seal = message
+                    save.staged = message.offset + message.size
                     save.touch()
             case m.Drop():
                 self._drop(message)
@@ -234,7 +235,7 @@ class Service:
             parts=[span.part for span in begin.spans],
             files=prepared.files,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            metrics=begin.metrics,
+            metrics=dict(begin.metrics),
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
         self._storage.publish(key, encode(manifest), replace=begin.replace)

@@ -1,0 +1,49 @@
+"""What callers give, held against what makes sense; the messages say what to give instead."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def pick(state: Mapping[str, Any], parts: Iterable[str] | None) -> Mapping[str, Any]:
+    if parts is None:
+        return state
+    chosen = [parts] if isinstance(parts, str) else list(parts)
+    absent = [name for name in chosen if name not in state]
+    if absent:
+        raise ValueError(f"parts= names {', '.join(map(repr, absent))}, which the state does not have")
+    return {name: state[name] for name in chosen}
+
+
+def checked_step(step: int) -> int:
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise TypeError(f"step={step!r}: give a whole number")
+    number = int(step.__index__())
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"step={number}: give a number from 0 to 2**63 - 1")
+    return number
+
+
+def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    checked = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"metrics[{name!r}] is {value!r}; give a number") from error
+        if not isinstance(name, str):
+            raise TypeError(f"metrics has the key {name!r}; give text")
+        checked[name] = number if math.isfinite(number) else math.nan  # JSON has no inf; both read back as null
+    return checked
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        raise ValueError(f"{name}={value!r}: give one of {', '.join(map(repr, choices))}")
+
+
+def check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: give a whole number from 1 on")

@@ -1,0 +1,452 @@
+"""The face of the library: `Checkpointer`."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import errno
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from asyncckpt import arguments, progress
+from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
+from asyncckpt.handle import SaveHandle
+from asyncckpt.policy.cadence import Every
+from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.overlap import OverlapTrial
+from asyncckpt.run import Directory, Filling, Run
+from asyncckpt.session import Options, Session, WhenFull
+from asyncckpt.snapshot import fence
+from asyncckpt.snapshot.apply import Rename
+from asyncckpt.snapshot.meter import StepMeter
+from asyncckpt.snapshot.snapshotter import Snapshotter
+from asyncckpt.stats import Stats
+from asyncckpt.storage.posix import Posix
+
+log = logging.getLogger("asyncckpt")
+_WHEN_FULL = ("wait", "skip", "replace", "raise")
+_EXIT_PATIENCE = 600.0
+"""Seconds that a process which ends without `close` waits for its saves."""
+_open: set[Checkpointer] = set()
+
+
+class Checkpointer:
+    """Saves the state of a training in the background, and brings it back.
+
+    One Checkpointer owns the run in `directory` from its construction until `close`; reading needs no ownership
+    (see `asyncckpt.open`). Call it from one thread; handles may be used from any.
+
+    Args:
+        directory: where checkpoints are kept; made by the first save, with its parents.
+        cadence: when `maybe_save` saves.
+        keep: which checkpoints stay; without it, all.
+        max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
+        when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
+            newest that waits for the writer, "raise" `QueueFullError`.
+        writer: "process", which finishes what is staged even if this process is killed, or "thread". Where there is
+            no memfd (not Linux) it is always a thread.
+        overlap: True copies what only an optimizer's step changes during the next forward and backward pass, and
+            holds the step back until that is done; False copies all before `save` returns; "auto" tries both on the
+            first saves and keeps what costs less.
+        overlap_parts: parts to be copied late as well, although no optimizer owns them. Call `fence()` before you
+            change them.
+        on_error: what becomes of a failed save at the next one: "raise" its error, or "warn". `wait_until_flushed`
+            and `close` raise it either way, unless the handle's `result` already has.
+        memory_limit: bytes that snapshots may take beside the training; without it, what the system has.
+        lock_timeout: seconds to wait for another writer of this run, such as that of a killed trainer finishing.
+
+    Raises:
+        ValueError, TypeError: an argument that makes no sense.
+        ConflictError: another writer owns the run, still after `lock_timeout` seconds.
+        StorageError: the directory can't be used, or the writer can't be started.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        cadence: Every | None = None,
+        keep: Keep | None = None,
+        max_in_flight: int = 2,
+        when_full: WhenFull = "wait",
+        writer: Literal["process", "thread"] = "process",
+        overlap: bool | Literal["auto"] = "auto",
+        overlap_parts: Collection[str] = (),
+        on_error: Literal["raise", "warn"] = "raise",
+        memory_limit: int | None = None,
+        lock_timeout: float = 120.0,
+        _posix: Posix | None = None,
+    ) -> None:
+        arguments.check_choice("when_full", when_full, _WHEN_FULL)
+        arguments.check_choice("writer", writer, ("process", "thread"))
+        arguments.check_choice("overlap", overlap, (True, False, "auto"))
+        arguments.check_choice("on_error", on_error, ("raise", "warn"))
+        arguments.check_whole("max_in_flight", max_in_flight)
+        if memory_limit is not None:
+            arguments.check_whole("memory_limit", memory_limit)
+        if not lock_timeout >= 0:
+            raise ValueError(f"lock_timeout={lock_timeout!r}: give seconds, from 0 on")
+        self._cadence, self._when_full, self._on_error = cadence, when_full, on_error
+        self._run = Run(directory)
+        self._pid = os.getpid()
+        self._closed = False
+        process = writer == "process" and hasattr(os, "memfd_create")
+        options = Options(
+            self._run.storage.root, keep, max_in_flight, memory_limit, lock_timeout, process=process, posix=_posix
+        )
+        self._trial = OverlapTrial() if overlap == "auto" else None
+        self._overlap = overlap is True
+        self._meter = StepMeter(self._trial)
+        self._snapshotter = Snapshotter(overlap_parts)
+        self._newest: SaveHandle | None = None
+        self._last_save = time.monotonic()
+        self._passed_over: set[int] = set()
+        self._warned: set[BaseException] = set()
+        try:
+            self._session = Session(options, self._snapshotter, self._save_ended)
+        except BaseException:
+            self._snapshotter.close()
+            raise
+        fence.install(self._meter)
+        _open.add(self)
+
+    def __repr__(self) -> str:
+        return f"Checkpointer({self._run.storage.url!r})"
+
+    # Saving
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        parts: Iterable[str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        when_full: WhenFull | None = None,
+        overwrite: bool = False,
+    ) -> SaveHandle:
+        """Snapshot `state` and let it be committed as `step` in the background.
+
+        Args:
+            step: from 0 on. Saving a committed step needs `overwrite`; it stays readable until the new one replaces
+                it. Steps of a branch left by `rewind`, and damaged ones that `restore` passed over, are free.
+            state: named parts. Values: anything with `state_dict()` and `load_state_dict()`, or nested dicts, lists
+                and tuples of tensors, numpy arrays and plain values.
+            parts: save only these parts.
+            metrics: numbers to be kept with the checkpoint.
+            when_full: instead of the Checkpointer's.
+
+        Raises:
+            CheckpointError: the error of an earlier save, with `on_error="raise"`. This step is not saved then.
+            UnsupportedStateError: something in `state` can't be stored exactly. Nothing was written.
+            CheckpointExistsError: `step` is committed or in flight, and `overwrite` is not given.
+            QueueFullError: `when_full` is "raise".
+            StorageError: there is no room for even one such checkpoint, or the writer can't be started.
+        """
+        called, begun = time.time(), time.perf_counter()
+        self._check_usable()
+        self._report_failures()
+        step = arguments.checked_step(step)
+        when_full = self._when_full if when_full is None else when_full
+        arguments.check_choice("when_full", when_full, _WHEN_FULL)
+        numbers = arguments.checked_metrics(metrics or {})
+        replace = self._may_replace(step, overwrite)
+        what = self._snapshotter.describe(arguments.pick(state, parts))
+        self._check_room(what.size)
+        session = self._session
+        handle = SaveHandle(step, session.waiting)
+        arena = session.admit(what.size, when_full)
+        self._last_save = time.monotonic()
+        if arena is None:
+            session.skipped(handle)
+        else:
+            overlap = self._trial.next() if self._trial is not None else self._overlap
+            self._newest = handle
+            self._meter.save_begins(overlap)
+            session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
+        handle.blocked = time.perf_counter() - begun
+        session.tally.returned(handle.blocked)
+        return handle
+
+    def maybe_save(self, step: int, state: Mapping[str, Any], **options: Any) -> SaveHandle | None:
+        """`save`, with the same options, if the cadence says so; else None.
+
+        Raises:
+            ValueError: the Checkpointer has no cadence.
+        """
+        if self._cadence is None:
+            raise ValueError("maybe_save needs a cadence: Checkpointer(..., cadence=asyncckpt.Every(steps=100))")
+        if not self._cadence.due(arguments.checked_step(step), time.monotonic() - self._last_save):
+            self._check_usable()
+            return None
+        return self.save(step, state, **options)
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Take the memory for snapshots of `state` and touch it in the background, so that the first save is quick.
+
+        Raises:
+            UnsupportedStateError: something in `state` can't be stored exactly.
+            CheckpointError: there is too little memory.
+        """
+        self._check_usable()
+        what = self._snapshotter.describe(state)
+        self._check_room(what.size)
+        self._session.reserve_arenas(what.size)
+
+    def fence(self) -> None:
+        """Return when nothing that changes from now on can reach a snapshot.
+
+        Optimizer steps and `load_state_dict` do this of themselves. Call it before changing saved tensors in any
+        other way, and before replaying a CUDA graph that contains an optimizer step.
+        """
+        self._check_usable()
+        self._session.join_copies()
+
+    def wait_until_flushed(self, timeout: float | None = None) -> None:
+        """Return when every save not skipped or replaced is committed. Shows progress on a terminal.
+
+        Raises:
+            CheckpointError: a save failed that nobody was told of yet: the oldest, the others in its notes.
+            TimeoutError: saves are still in flight after `timeout` seconds.
+        """
+        self._check_usable()
+        with progress.bar(self._session.progress) as update:
+            drained = self._session.drain(timeout, update)
+        if not drained:
+            raise TimeoutError(f"{self._in_flight_text()} still in flight after {timeout:g} s")
+        self._raise_failures()
+
+    # Restoring
+
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        parts: Iterable[str] | None = None,
+        strict: bool = True,
+        rename: Rename | None = None,
+        rewind: bool = False,
+    ) -> int | None:
+        """Bring `state` to a checkpoint, in place, and return its step.
+
+        All bytes are verified, and everything is held against `state`, before anything is touched. Without `step`
+        the newest checkpoint that verifies is taken; a warning names those that were passed over. None means that
+        nothing was ever committed. Saves in flight are waited for.
+
+        Args:
+            parts: restore only these parts.
+            strict: False leaves out keys and parts that only one side has.
+            rename: new names for the top-level keys of each part: a function, or a mapping of prefixes, such as
+                {"_orig_mod.": "", "module.": ""}.
+            rewind: later checkpoints are durably taken out of what `restore` may choose, so that a resume never
+                returns to the branch that is left here.
+
+        Raises:
+            CheckpointNotFoundError: the step, or a part of it, does not exist.
+            CorruptCheckpointError: the step is damaged; or, without `step`, all are. It never starts silently anew.
+            StateMismatchError: keys are missing, unexpected or of another shape; it names them. Nothing was changed.
+        """
+        self._check_usable()
+        self._session.join_copies()
+        self._session.drain(None)
+        loaded = self._run.fetch_for(state, step, parts, strict)
+        if loaded is None:
+            return None
+        fill = Filling(loaded, state, strict, rename)
+        self._passed_over.update(loaded.passed_over)
+        if parts is None:
+            self._session.trust(loaded.step)
+        if rewind:
+            self._session.rewind(loaded.step)
+        fill()
+        return loaded.step
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first, without those of branches that were left by `rewind`."""
+        return self._run.steps()
+
+    def latest(self) -> int | None:
+        """The newest of `steps()`; None where nothing is committed."""
+        return self._run.latest()
+
+    def path(self, step: int) -> Path:
+        """The folder with the files of `step`: see `Run.path`."""
+        return self._run.path(step)
+
+    def verify(self, step: int | None = None) -> int:
+        """Read every byte of `step` (the newest by default) and check it; returns the step: see `Run.verify`."""
+        self._check_usable()
+        step = self._run.verify(step)
+        self._session.trust(step)
+        return step
+
+    def delete(self, step: int) -> None:
+        """Durably make `step` not exist, then remove its bytes.
+
+        Raises:
+            CheckpointNotFoundError: it is not committed.
+            StorageError: the storage failed.
+        """
+        self._check_usable()
+        self._session.delete(arguments.checked_step(step))
+
+    def stats(self) -> Stats:
+        """What has been done so far."""
+        session = self._session
+        tally = session.tally
+        return Stats(
+            saves=tally.saves,
+            committed=tally.outcomes["committed"],
+            skipped=tally.outcomes["skipped"],
+            replaced=tally.outcomes["replaced"],
+            failed=tally.outcomes["failed"],
+            in_flight=len(session.in_flight),
+            blocked=tally.blocked,
+            blocked_last=tally.blocked_last,
+            blocked_max=tally.blocked_max,
+            fenced=self._snapshotter.fenced,
+            bytes_committed=tally.bytes_committed,
+            seconds_to_committed=tally.seconds_to_committed,
+            bytes_per_second=tally.bytes_per_second,
+            arena_bytes=session.arena_bytes,
+            overlap=self._trial.choice if self._trial is not None else self._overlap,
+            direct_io=tally.direct_io,
+            writer="process" if session.options.process else "thread",
+            writer_pid=session.writer_pid,
+        )
+
+    # Leaving
+
+    def close(self) -> None:
+        """Wait until every save is over, end the writer, and give up the run. A second call does nothing.
+
+        Raises:
+            CheckpointError: a save failed that nobody was told of yet.
+        """
+        if self._closed:
+            return
+        self._check_usable()
+        try:
+            self.wait_until_flushed()
+        finally:
+            self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CheckpointError as failure:  # the error under way is the one to tell; this one must not be lost
+            log.error("while leaving: %s", failure)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, traceback)
+
+    def _end(self) -> None:
+        self._closed = True
+        _open.discard(self)
+        self._session.close()
+        self._snapshotter.close()
+
+    def _leave(self) -> None:
+        """The process ends, and `close` was not called: drain, and say on stderr what could not be saved."""
+        try:
+            if not self._session.drain(_EXIT_PATIENCE):
+                print(f"asyncckpt: {self!r}: {self._in_flight_text()} not committed at exit", file=sys.stderr)
+            for error in self._session.failures(take=True):
+                print(f"asyncckpt: {self!r}: {error}", file=sys.stderr)
+        finally:
+            self._end()
+
+    # Inside
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                f"{self!r} belongs to process {self._pid}, which forked this one. Make a Checkpointer after the fork."
+            )
+        if self._closed:
+            raise CheckpointError(f"{self!r} is closed")
+
+    def _report_failures(self) -> None:
+        """Raise, or warn of, what failed since the last save. A torn snapshot has told of itself, by a warning."""
+        failed = [e for e in self._session.failures(take=False) if not isinstance(e, TornSnapshotError)]
+        if not failed:
+            return
+        if self._on_error == "raise":
+            self._raise_failures()
+        for error in failed:
+            if error not in self._warned:
+                self._warned.add(error)
+                warnings.warn(f"a save failed: {error}", RuntimeWarning, stacklevel=3)
+
+    def _raise_failures(self) -> None:
+        failed = self._session.failures(take=True)
+        if failed:
+            for other in failed[1:]:
+                failed[0].add_note(f"also: {other}")
+            raise failed[0]
+
+    def _may_replace(self, step: int, overwrite: bool) -> bool:
+        """Whether a save of `step` takes the place of a committed one."""
+        if overwrite:
+            return True
+        if any(handle.step == step for handle in self._session.in_flight):
+            raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
+        if not self._run.exists(step):
+            return False
+        if step in self._passed_over or step not in self._run.steps():
+            return True
+        raise CheckpointExistsError(
+            f"step {step} is committed already in {self._run.storage.url}. Give overwrite=True to replace it, or "
+            "restore(..., rewind=True) to leave the branch it is on."
+        )
+
+    def _check_room(self, size: int) -> None:
+        """Before the first arena is taken: one checkpoint must fit on the disk."""
+        if not self._session.untouched:
+            return
+        free = self._run.storage.free_bytes()
+        if free is not None and free < size:
+            raise StorageError(
+                f"a checkpoint takes {size} bytes, and {self._run.storage.url} has {free} free. Make room, or save "
+                "fewer parts.",
+                retryable=True,
+                errno=errno.ENOSPC,
+            )
+
+    def _in_flight_text(self) -> str:
+        steps = sorted(handle.step for handle in self._session.in_flight)
+        return f"step{'s' if len(steps) != 1 else ''} {', '.join(map(str, steps))}"
+
+    def _save_ended(self, handle: SaveHandle) -> None:
+        if handle is self._newest:
+            self._meter.save_ends(committed=handle.outcome == "committed")
+
+
+@atexit.register
+def _leave_all() -> None:
+    for checkpointer in list(_open):
+        checkpointer._leave()
+
+
+os.register_at_fork(after_in_child=_open.clear)

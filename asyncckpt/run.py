@@ -1,0 +1,247 @@
+"""The checkpoints of one run, read without owning it: beside a live training, or long after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.errors import CheckpointNotFoundError, StateMismatchError
+from asyncckpt.format import names
+from asyncckpt.read.reader import CheckpointReader
+from asyncckpt.read.select import newest
+from asyncckpt.snapshot.apply import Mismatch, Rename, apply, fit, rename_keys
+from asyncckpt.snapshot.rebuild import rebuild_part, rebuild_tensors
+from asyncckpt.snapshot.rng import RngState
+from asyncckpt.storage.local import LocalStorage
+
+Directory = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Verified parts of one checkpoint, in memory; `passed_over` are newer, damaged steps, each with the reason."""
+
+    step: int
+    parts: dict[str, Any]
+    passed_over: dict[int, str]
+
+
+class Run:
+    """The checkpoints below `directory`. Every call looks anew; nothing is ever written."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.storage = LocalStorage(check_directory(directory))
+        self._catalog = Catalog(self.storage)
+
+    def __repr__(self) -> str:
+        return f"Run({self.storage.url!r})"
+
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first, without those of branches that were left by `rewind`."""
+        return self._catalog.candidates()[::-1]
+
+    def latest(self) -> int | None:
+        """The newest of `steps()`; None where nothing is committed. Its bytes have not been verified."""
+        return max(self._catalog.candidates(), default=None)
+
+    def exists(self, step: int) -> bool:
+        """Whether `step` is committed, on a branch that was left or not."""
+        return self._catalog.exists(step)
+
+    def path(self, step: int) -> Path:
+        """The folder with the files of `step`, such as `path(step) / "model.safetensors"`.
+
+        Raises:
+            CheckpointNotFoundError: this step is not committed.
+            CorruptCheckpointError: its manifest is damaged.
+        """
+        manifest = self._catalog.manifest(step)
+        return Path(self.storage.path(f"{names.step_name(step)}/{manifest.attempt}"))
+
+    def verify(self, step: int | None = None) -> int:
+        """Read every byte of `step` (the newest by default) and check it; returns the step.
+
+        Raises:
+            CheckpointNotFoundError: this step is not committed, or none is.
+            CorruptCheckpointError: where a byte is not what was committed.
+        """
+        step = self._given_or_latest(step)
+        CheckpointReader(self._catalog, step).verify()
+        return step
+
+    def load(
+        self, step: int | None = None, *, parts: Iterable[str] | None = None, keys: Iterable[str] | None = None
+    ) -> dict[str, Any]:
+        """Parts of a checkpoint as plain values, tensors on the CPU, by name. Without `step`, the newest that verifies.
+
+        With `keys`, only the tensors of these names in the one part that `parts` names; only their chunks are read.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or there is no such step, part or tensor.
+            CorruptCheckpointError: the step asked for is damaged, or all are.
+            ValueError: `keys` without exactly one part.
+        """
+        wanted = None if parts is None else _listed(parts)
+        if keys is None:
+            loaded = self.fetch(step, wanted)
+        else:
+            if wanted is None or len(wanted) != 1:
+                raise ValueError("keys= takes tensors of one part: give parts=[name] with it")
+            loaded = self.fetch(step, wanted, _listed(keys))
+        if loaded is None:
+            raise CheckpointNotFoundError(f"no checkpoint in {self.storage.url}")
+        return loaded.parts
+
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        parts: Iterable[str] | None = None,
+        strict: bool = True,
+        rename: Rename | None = None,
+    ) -> int | None:
+        """Bring `state` to a checkpoint, in place, and return its step: see `Checkpointer.restore`."""
+        loaded = self.fetch_for(state, step, parts, strict)
+        if loaded is None:
+            return None
+        fill = Filling(loaded, state, strict, rename)
+        fill()
+        return loaded.step
+
+    def fetch_for(
+        self, state: Mapping[str, Any], step: int | None, parts: Iterable[str] | None, strict: bool
+    ) -> Loaded | None:
+        """What `state` needs of a checkpoint.
+
+        Raises:
+            StateMismatchError: `strict`, and state and checkpoint do not have the same parts.
+        """
+        wanted = list(state) if parts is None else _listed(parts)
+        absent = [name for name in wanted if name not in state]
+        if absent:
+            raise StateMismatchError(f"parts= names {', '.join(absent)}, which the state does not have")
+        return self.fetch(step, wanted, whole=parts is None and strict, strict=strict)
+
+    def fetch(
+        self,
+        step: int | None,
+        parts: Collection[str] | None,
+        keys: list[str] | None = None,
+        *,
+        whole: bool = False,
+        strict: bool = True,
+    ) -> Loaded | None:
+        """Read and verify `parts` of `step`, or of the newest step that verifies; None where nothing is committed."""
+
+        def read(step: int) -> dict[str, Any]:
+            reader = CheckpointReader(self._catalog, step)
+            chosen = _choose(reader, parts, whole, strict)
+            if keys is not None:
+                return {part: rebuild_tensors(reader, part, keys) for part in chosen}
+            return {part: rebuild_part(reader, part) for part in chosen}
+
+        if step is not None:
+            return Loaded(step, read(step), {})
+        found, passed_over = newest(self._catalog, lambda step: (step, read(step)))
+        return None if found is None else Loaded(*found, passed_over)
+
+    def _given_or_latest(self, step: int | None) -> int:
+        step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointNotFoundError(f"no checkpoint in {self.storage.url}")
+        return step
+
+
+class Filling:
+    """Loaded parts, held against live state before anything is touched; calling it changes the live objects.
+
+    Raises:
+        StateMismatchError: they do not fit; nothing was changed.
+    """
+
+    def __init__(self, loaded: Loaded, state: Mapping[str, Any], strict: bool, rename: Rename | None) -> None:
+        self._state, self._strict = state, strict
+        self._saved = {name: rename_keys(value, rename) for name, value in loaded.parts.items()}
+        found = Mismatch()
+        for name, value in self._saved.items():
+            fit(state[name], value, (name,), found)
+        found.check(strict)
+
+    def __call__(self) -> None:
+        state = self._state
+        for name in sorted(self._saved, key=lambda name: isinstance(state[name], RngState)):  # loading may draw numbers
+            value = apply(state[name], self._saved[name], self._strict)
+            if value is not state[name]:
+                if not isinstance(state, MutableMapping):
+                    raise StateMismatchError(f"part {name!r} can't be restored in place; give the state as a dict")
+                state[name] = value
+
+
+def _choose(reader: CheckpointReader, parts: Collection[str] | None, whole: bool, strict: bool) -> list[str]:
+    """The parts to read, in the order of the checkpoint."""
+    if parts is None:
+        return reader.parts
+    missing = [name for name in parts if name not in reader.parts]
+    unexpected = [name for name in reader.parts if name not in parts] if whole else []
+    if whole and (missing or unexpected):
+        raise StateMismatchError(
+            f"step {reader.step} has the parts {', '.join(reader.parts)}; the state has {', '.join(parts)}. Nothing "
+            "was changed. Use parts= for some of them, or strict=False for those that both have.",
+            missing=tuple(missing),
+            unexpected=tuple(unexpected),
+        )
+    if missing and strict:
+        reader.part(missing[0])  # says what there is
+    return [name for name in reader.parts if name in parts]
+
+
+def _listed(names_: Iterable[str]) -> list[str]:
+    return [names_] if isinstance(names_, str) else list(names_)
+
+
+def check_directory(directory: Directory) -> str:
+    """The path of a run.
+
+    Raises:
+        ValueError: empty, or a URL of a storage that this asyncckpt does not have.
+    """
+    path = os.fspath(directory)
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"{directory!r} is not the path of a directory")
+    if "://" in path:
+        raise ValueError(f"{path}: checkpoints are kept in directories; give the path of one")
+    return path
+
+
+def open(directory: Directory) -> Run:
+    """The run in `directory`, to be read without owning it."""
+    return Run(directory)
+
+
+def restore(
+    directory: Directory,
+    state: Mapping[str, Any],
+    step: int | None = None,
+    *,
+    parts: Iterable[str] | None = None,
+    strict: bool = True,
+    rename: Rename | None = None,
+) -> int | None:
+    """Bring `state` to a checkpoint in `directory` without owning the run: see `Checkpointer.restore`."""
+    return Run(directory).restore(state, step, parts=parts, strict=strict, rename=rename)
+
+
+def load(
+    directory: Directory,
+    step: int | None = None,
+    *,
+    parts: Iterable[str] | None = None,
+    keys: Iterable[str] | None = None,
+) -> dict[str, Any]:
+    """Parts of a checkpoint in `directory` as plain values: see `Run.load`."""
+    return Run(directory).load(step, parts=parts, keys=keys)

@@ -1,0 +1,439 @@
+"""The trainer's side of one run: its writer, its arenas, and the saves in flight.
+
+A save takes a place in the bounded queue and an arena (`admit`), its snapshot is announced to the writer while it
+is still being copied (`launch`), and both are free again when the copy is over *and* the writer is done with it.
+The writer's replies and its death arrive on a thread of their own; one condition guards all tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from asyncckpt.errors import CheckpointError, QueueFullError, StorageError
+from asyncckpt.handle import SaveHandle, Timeline
+from asyncckpt.policy.keep import Keep
+from asyncckpt.snapshot.arena import Arena, ArenaPool
+from asyncckpt.snapshot.snapshotter import Description, Snapshot, Snapshotter
+from asyncckpt.stats import Tally
+from asyncckpt.storage.posix import Posix
+from asyncckpt.write import messages as m
+from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
+
+log = logging.getLogger("asyncckpt")
+WhenFull = Literal["wait", "skip", "replace", "raise"]
+_SLOW = 30.0
+_GOODBYE = 60.0
+"""Seconds that `close` waits for the end of a writer that has nothing left to do."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a session is told once."""
+
+    root: str
+    keep: Keep | None
+    max_in_flight: int
+    memory_limit: int | None
+    lock_timeout: float
+    process: bool
+    direct: bool = True
+    posix: Posix | None = None
+
+
+@dataclass(eq=False)
+class Flight:
+    """A save that holds an arena. `copied` and `released` say who is done with it: the snapshot, the writer."""
+
+    number: int
+    handle: SaveHandle
+    arena: Arena
+    size: int
+    called: float
+    copy_begin: float = field(default_factory=time.time)
+    copy_end: float = 0.0
+    snapshot: Snapshot | None = None
+    copied: bool = False
+    released: bool = False
+    written: int = 0
+    error: BaseException | None = None
+    asked_to_yield: bool = False
+
+
+class Session:
+    """Opening it starts the writer and waits until that owns the run.
+
+    Raises:
+        ConflictError: another writer owns the run, still after `lock_timeout` seconds.
+        StorageError: the directory can't be used, or the writer can't be started.
+    """
+
+    def __init__(self, options: Options, snapshotter: Snapshotter, ended: Callable[[SaveHandle], None]) -> None:
+        self.options = options
+        self.tally = Tally()
+        self._snapshotter = snapshotter
+        self._on_end = ended
+        self._changed = threading.Condition()
+        self._pool = ArenaPool(options.max_in_flight, options.memory_limit, shared=options.process)
+        self._flights: dict[int, Flight] = {}
+        self._numbers = itertools.count(1)
+        self._writer: Writer | None = None
+        self._opened: m.Opened | m.Refused | None = None
+        self._shared: set[int] = set()
+        self._answers: dict[int, m.Done | None] = {}
+        self._failed: list[SaveHandle] = []
+        self._waiters = 0
+        self._ensure_writer()
+
+    # The queue
+
+    def admit(self, size: int, when_full: WhenFull) -> Arena | None:
+        """An arena of `size` bytes, when there is a place in the queue; None: skip this save.
+
+        Raises:
+            QueueFullError: `when_full` is "raise".
+            CheckpointError: there is too little memory, however long one waits.
+        """
+        warned = False
+        while True:
+            self._ensure_writer()
+            with self._changed:
+                full = len(self._flights) >= self.options.max_in_flight
+                arena = None if full else self._pool.lease(size)
+                if arena is not None:
+                    return arena
+                if when_full == "skip":
+                    return None
+                if when_full == "raise":
+                    raise QueueFullError(
+                        f"{len(self._flights)} saves are in flight and not yet committed. Save less often, raise "
+                        "max_in_flight, or choose another when_full."
+                    )
+                if when_full == "replace":
+                    self._ask_to_yield()
+                with self.waiting():
+                    if not self._changed.wait(_SLOW) and not warned:
+                        warned = True
+                        log.warning(
+                            "save has waited %g s for a place in the queue: is %s slow or hung?",
+                            _SLOW,
+                            self.options.root,
+                        )
+
+    def _ask_to_yield(self) -> None:
+        """Take back the newest save that the writer has not begun, if it agrees that there is one."""
+        waiting = [f for f in self._flights.values() if not f.asked_to_yield and not f.released]
+        if len(waiting) > 1 and self._writer is not None:
+            waiting[-1].asked_to_yield = True
+            self._writer.send(m.Drop(waiting[-1].number, queued_only=True))
+
+    def skipped(self, handle: SaveHandle) -> None:
+        handle.finish("skipped")
+        with self._changed:
+            self.tally.ended(handle)
+
+    def launch(
+        self,
+        handle: SaveHandle,
+        arena: Arena,
+        what: Description,
+        *,
+        called: float,
+        overlap: bool,
+        replace: bool,
+        metrics: dict[str, float],
+    ) -> None:
+        """Announce the save to the writer and start its copies."""
+        size = sum(size for _, _, size in what.spans)
+        flight = Flight(next(self._numbers), handle, arena, size, called)
+        while True:
+            writer = self._ensure_writer()
+            with self._changed:
+                if writer is self._writer:
+                    self._flights[flight.number] = flight
+                    break
+        if arena.id not in self._shared:
+            self._shared.add(arena.id)
+            writer.share(arena)
+            arena.before_close.append(partial(self._forget, arena.id))
+        spans = [m.Span(*span) for span in what.spans]
+        writer.send(m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics))
+        staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
+        seal = m.Seal(flight.number, what.trees_offset, len(what.trees))
+        try:
+            flight.snapshot = self._snapshotter.take(
+                what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
+            )
+        except BaseException as error:
+            handle.told = True
+            self._copied(flight, writer, seal, error)
+            raise
+
+    def _forget(self, arena: int) -> None:
+        self._shared.discard(arena)
+        if self._writer is not None:
+            self._writer.send(m.Forget(arena))
+
+    def _copied(self, flight: Flight, writer: Writer, seal: m.Seal, error: BaseException | None) -> None:
+        flight.copy_end = time.time()
+        if error is None:
+            writer.send(seal)
+            flight.handle.mark_staged()
+        else:
+            writer.send(m.Drop(flight.number))
+        with self._changed:
+            if error is not None:
+                flight.error = error
+            flight.copied = True
+            self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """Give the place and the arena back when both sides are done. Called with the lock held."""
+        if flight.copied and flight.released and self._flights.pop(flight.number, None) is not None:
+            flight.snapshot = None
+            self._pool.give_back(flight.arena)
+            self._changed.notify_all()
+
+    # The writer
+
+    def _ensure_writer(self) -> Writer:
+        """The writer that runs, or a new one that has come to own the run."""
+        with self._changed:
+            if self._writer is not None:
+                return self._writer
+            self._opened = None
+        options = self.options
+        kind = ProcessWriter if options.process else partial(ThreadWriter, posix=options.posix)
+        born = threading.Event()
+        made: list[Writer] = []
+
+        def death(reason: str) -> None:
+            born.wait()
+            self._on_death(made[0] if made else None, reason)
+
+        try:
+            writer = kind(self._on_reply, death)
+            made.append(writer)
+        finally:
+            born.set()
+        keep = options.keep
+        writer.send(
+            m.Open(
+                options.root,
+                options.lock_timeout,
+                keep.last if keep else None,
+                keep.every if keep else None,
+                options.direct,
+            )
+        )
+        opened = self._await_opening(writer)
+        if isinstance(opened, m.Refused):
+            raise opened.fault.error()
+        with self._changed:
+            self._writer = writer
+            self._shared.clear()
+        return writer
+
+    def _await_opening(self, writer: Writer) -> m.Opened | m.Refused:
+        with self._changed:
+            while self._opened is None:
+                if not self._changed.wait(timeout=1.0) and writer.join(0) and self._opened is None:
+                    raise StorageError("the writer ended before it owned the run; its stderr says why")
+            return self._opened
+
+    @property
+    def writer_pid(self) -> int | None:
+        writer = self._writer
+        return None if writer is None else writer.pid
+
+    def _on_reply(self, reply: m.Reply) -> None:
+        match reply:
+            case m.Opened() | m.Refused():
+                with self._changed:
+                    self._opened = reply
+                    self._changed.notify_all()
+            case m.Progress():
+                with self._changed:
+                    if (flight := self._flights.get(reply.save)) is not None:
+                        flight.written = reply.written
+                        self._changed.notify_all()
+            case m.Done():
+                with self._changed:
+                    if reply.call in self._answers:
+                        self._answers[reply.call] = reply
+                        self._changed.notify_all()
+            case m.Committed() | m.Failed() | m.Dropped():
+                with self._changed:
+                    flight = self._flights.get(reply.save)
+                if flight is not None:
+                    self._settle(flight, reply)
+
+    def _settle(self, flight: Flight, reply: m.Committed | m.Failed | m.Dropped) -> None:
+        """The writer is done with a save: its outcome is known, and the writer lets go of the arena."""
+        handle = flight.handle
+        match reply:
+            case m.Committed():
+                writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size)
+                handle.finish(
+                    "committed", timeline=Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
+                )
+                with self._changed:
+                    self.tally.direct_io = reply.direct
+            case m.Failed():
+                handle.finish("failed", reply.fault.error())
+            case m.Dropped() if flight.error is not None:
+                handle.finish("failed", flight.error)
+            case m.Dropped():
+                handle.finish("replaced")
+        with self._changed:
+            self.tally.ended(handle)
+            if handle.error is not None:
+                self._failed.append(handle)
+            flight.released = True
+            self._land(flight)
+            self._changed.notify_all()
+        self._on_end(handle)
+
+    def _on_death(self, writer: Writer | None, reason: str) -> None:
+        with self._changed:
+            if writer is self._writer:
+                self._writer = None
+            flights = [f for f in self._flights.values() if not f.released]
+            for call, answer in self._answers.items():
+                if answer is None:
+                    self._answers[call] = m.Done(call, m.Fault("StorageError", f"the writer {reason}"))
+            self._changed.notify_all()
+        for flight in flights:
+            message = (
+                f"the writer {reason} before step {flight.handle.step} was reported committed. "
+                "The next save starts a new writer; steps() tells what there is."
+            )
+            self._settle(flight, m.Failed(flight.number, m.Fault("StorageError", message, {"retryable": True})))
+
+    def trust(self, step: int) -> None:
+        """Tell the writer that all bytes of `step` have just been verified."""
+        if self._writer is not None:
+            self._writer.send(m.Trust(step))
+
+    def delete(self, step: int) -> None:
+        self._call(partial(m.Delete, step=step))
+
+    def rewind(self, step: int) -> None:
+        self._call(partial(m.RewindTo, step=step))
+
+    def _call(self, make: Callable[[int], m.Delete | m.RewindTo]) -> None:
+        writer, call = self._ensure_writer(), next(self._numbers)
+        with self._changed:
+            self._answers[call] = None
+            writer.send(make(call))
+            while (answer := self._answers[call]) is None:
+                if not self._changed.wait(timeout=1.0) and writer.join(0) and self._answers[call] is None:
+                    answer = m.Done(call, m.Fault("StorageError", "the writer ended"))
+                    break
+            del self._answers[call]
+        if answer.fault is not None:
+            raise answer.fault.error()
+
+    # Waiting
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While inside, the writer works at normal priority."""
+        self._waits(+1)
+        try:
+            yield
+        finally:
+            self._waits(-1)
+
+    def _waits(self, change: int) -> None:
+        with self._changed:
+            before, self._waiters = self._waiters > 0, self._waiters + change
+            now = self._waiters > 0
+            if now != before and self._writer is not None:
+                self._writer.send(m.Hurry(now))
+
+    def join_copies(self) -> None:
+        """Return when no copy under way can be reached by a change any more."""
+        with self._changed:
+            snapshots = [f.snapshot for f in self._flights.values() if f.snapshot is not None]
+        for snapshot in snapshots:
+            snapshot.fence()
+
+    def drain(self, timeout: float | None, update: Callable[[], None] = lambda: None) -> bool:
+        """Wait until nothing is in flight; False after `timeout` seconds. `update` is called meanwhile."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self.waiting(), self._changed:
+            while self._flights:
+                left = 0.25 if deadline is None else min(0.25, deadline - time.monotonic())
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+                update()
+        return True
+
+    def progress(self) -> tuple[int, int]:
+        """Bytes written, and bytes in all, of the saves in flight."""
+        with self._changed:
+            flights = list(self._flights.values())
+        return sum(f.written for f in flights), sum(f.size for f in flights)
+
+    @property
+    def in_flight(self) -> list[SaveHandle]:
+        with self._changed:
+            return [f.handle for f in self._flights.values()]
+
+    @property
+    def arena_bytes(self) -> int:
+        return self._pool.total
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no arena was ever taken."""
+        return self._pool.total == 0
+
+    def reserve_arenas(self, size: int) -> None:
+        """Take what arenas of `size` bytes there may be and are not, and touch their pages in the background."""
+        with self._changed:
+            leased: list[Arena] = []
+            for _ in range(self.options.max_in_flight - self._pool.leased):
+                try:
+                    arena = self._pool.lease(size)
+                except CheckpointError:
+                    if leased:
+                        break  # a second arena does not fit: the queue will wait for the first
+                    raise
+                if arena is None:
+                    break
+                leased.append(arena)
+            for arena in leased:
+                self._pool.give_back(arena)
+                self._snapshotter.pool.submit(arena.reserve)
+
+    # Failures
+
+    def failures(self, *, take: bool) -> list[BaseException]:
+        """Background failures that the caller was not told of yet, oldest first.
+
+        With `take` they count as told from now on. A handle's `result` tells, too.
+        """
+        with self._changed:
+            failed = [handle for handle in self._failed if not handle.told]
+            if take:
+                self._failed.clear()
+        return [handle.error for handle in failed if handle.error is not None]
+
+    def close(self) -> None:
+        """End the writer. What is in flight it finishes; wait for that with `drain` first."""
+        writer = self._writer
+        if writer is not None:
+            writer.send(m.Close())
+            writer.join(_GOODBYE)
+        with self._changed:
+            self._pool.close()

@@ -1,0 +1,74 @@
+"""What a Checkpointer has done so far, as an immutable record."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from asyncckpt.handle import Outcome, SaveHandle
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A reading. Times are in seconds, sizes in bytes."""
+
+    saves: int
+    """Calls of `save` that were not refused."""
+    committed: int
+    skipped: int
+    replaced: int
+    failed: int
+    in_flight: int
+    """Saves that are not over."""
+    blocked: float
+    """Time that all calls of `save` took together; what waited for the queue (`when_full="wait"`) is part of it."""
+    blocked_last: float
+    blocked_max: float
+    fenced: float
+    """Time that optimizer steps waited for copies, all together."""
+    bytes_committed: int
+    seconds_to_committed: float | None
+    """Of the last committed save: from `save` until it was committed."""
+    bytes_per_second: float | None
+    """Of the last committed save: from its first byte written until it was durable."""
+    arena_bytes: int
+    """Memory that snapshots take beside the training."""
+    overlap: bool | None
+    """The way of copying in use; None while `overlap="auto"` is still trying both."""
+    direct_io: bool | None
+    """Whether the last committed save went past the page cache; None before the first."""
+    writer: str
+    """"process" or "thread"."""
+    writer_pid: int | None
+    """None while no writer runs."""
+
+
+class Tally:
+    """The counts behind `Stats`. Its owner holds a lock."""
+
+    def __init__(self) -> None:
+        self.saves = 0
+        self.blocked = 0.0
+        self.blocked_last = 0.0
+        self.blocked_max = 0.0
+        self.outcomes: Counter[Outcome] = Counter()
+        self.bytes_committed = 0
+        self.seconds_to_committed: float | None = None
+        self.bytes_per_second: float | None = None
+        self.direct_io: bool | None = None
+
+    def returned(self, seconds: float) -> None:
+        """A call of `save` took `seconds`."""
+        self.saves += 1
+        self.blocked += seconds
+        self.blocked_last = seconds
+        self.blocked_max = max(self.blocked_max, seconds)
+
+    def ended(self, handle: SaveHandle) -> None:
+        self.outcomes[handle.outcome] += 1
+        times = handle.timeline
+        if times is not None:
+            self.bytes_committed += times.size
+            self.seconds_to_committed = times.commit_end - times.saved
+            took = times.write_end - times.write_begin
+            self.bytes_per_second = times.size / took if took > 0 else None
