@@ -8,6 +8,7 @@ is an object with the member "$" that names its type:
     dict, odict, counter, defaultdict ("f": factory)                       "v": [[key, value], ...]
     range "v": [start, stop, step]      path "k": class, "v": text         enum "c": module:class, "v": name or value
     npscalar "d": numpy dtype, "v": hex digits                             npdtype "v": numpy dtype
+    npstr "v": text            npbytes "v": hex digits
     tensor, ndarray, dtype, device, size: see `asyncckpt.snapshot.flatten`
 
 Enum classes are looked up among modules already imported; nothing is ever imported or called by name.
@@ -30,7 +31,9 @@ import numpy as np
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedStateError
 
 TAG = "$"
-MAX_DEPTH = 200
+MAX_DEPTH = 100
+"""Levels of nesting; far enough below the interpreter's limit that it is this one that is met, reading included."""
+
 Node = Any
 """What JSON can hold: None, bool, int, float, str, list, dict with str keys (or msgspec.Raw of one)."""
 
@@ -45,7 +48,7 @@ _PATHS = {
     kind.__name__: kind
     for kind in (pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
 }
-_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUVmM]\d{0,6}(\[\d{0,6}[a-zA-Z]{1,8}\])?")
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufcSUVmM]\d{0,6}(\[([1-9]\d{0,5})?[a-zA-Z]{1,8}\])?")
 
 
 def show(path: Path) -> str:
@@ -93,7 +96,7 @@ class Encoder:
             return container(self, value, path)
         if isinstance(value, enum.Enum):
             return self._enum(value, path)
-        if isinstance(value, np.generic) and value.dtype.hasobject is False:
+        if isinstance(value, np.generic) and kind is value.dtype.type:
             return {TAG: "npscalar", "d": self._dtype(value.dtype, path), "v": value.tobytes().hex()}
         if isinstance(value, np.dtype):
             return {TAG: "npdtype", "v": self._dtype(value, path)}
@@ -131,7 +134,7 @@ class Encoder:
         return {TAG: "enum", "c": place, "v": self.encode(value.value, path) if by_value else value.name}
 
     def _dtype(self, dtype: np.dtype[Any], path: Path) -> str:
-        if not _NUMPY_DTYPE.fullmatch(dtype.str) or dtype.fields is not None:
+        if not _NUMPY_DTYPE.fullmatch(dtype.str) or np.dtype(dtype.str) != dtype:
             raise UnsupportedStateError(
                 f"{show(path)} has the numpy dtype {dtype}; only plain dtypes can be stored.", path=show(path)
             )
@@ -182,6 +185,8 @@ _PLAIN: dict[type, Callable[[Any], Node]] = {
     complex: lambda v: {TAG: "complex", "v": _float_bytes(v.real) + _float_bytes(v.imag)},
     bytes: lambda v: {TAG: "bytes", "v": v.hex()},
     bytearray: lambda v: {TAG: "bytearray", "v": v.hex()},
+    np.str_: lambda v: {TAG: "npstr", "v": _str(str.__str__(v))},
+    np.bytes_: lambda v: {TAG: "npbytes", "v": v.hex()},
     range: lambda v: {TAG: "range", "v": [_int(v.start), _int(v.stop), _int(v.step)]},
     **{kind: lambda v: {TAG: "path", "k": type(v).__name__, "v": _str(str(v))} for kind in _PATHS.values()},
 }
@@ -196,6 +201,10 @@ _CONTAINERS: dict[type, Callable[[Encoder, Any, Path], Node]] = {
 }
 
 
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error)
+"""What the standard library raises over a node outside the grammar."""
+
+
 class Decoder:
     """Nodes to Python values. A subclass says in `other` what the tags of its own mean."""
 
@@ -208,7 +217,7 @@ class Decoder:
         """
         try:
             return self._value(node, 0)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        except (RecursionError, *_MALFORMED) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CorruptCheckpointError(f"a leaf tree outside the grammar: {type(error).__name__}: {error}") from error
@@ -261,16 +270,19 @@ def _find_enum(place: str) -> type[enum.Enum] | None:
     return found if issubclass(found, enum.Enum) else None
 
 
-def _from_hex_floats(text: str) -> tuple[float, ...]:
-    return struct.unpack(f"<{len(text) // 16}d", bytes.fromhex(text))
+def _from_hex_floats(text: str, count: int) -> tuple[float, ...]:
+    return struct.unpack("<d" if count == 1 else "<dd", bytes.fromhex(text))
 
 
 def _decode_path(node: dict[str, Any]) -> pathlib.PurePath:
     kind = _PATHS[node["k"]]
     if issubclass(kind, pathlib.Path) and not isinstance(pathlib.Path(), kind):
         kind = pathlib.PureWindowsPath if kind is pathlib.WindowsPath else pathlib.PurePosixPath
-    text = node["v"]
-    return kind(text if isinstance(text, str) else _decode_str(text))
+    return kind(_text(node["v"]))
+
+
+def _text(node: Node) -> str:
+    return node if isinstance(node, str) else _decode_str(node)
 
 
 def _decode_str(node: dict[str, Any]) -> str:
@@ -279,21 +291,23 @@ def _decode_str(node: dict[str, Any]) -> str:
 
 def _decode_numpy_scalar(node: dict[str, Any]) -> Any:
     dtype, data = numpy_dtype(node["d"]), bytes.fromhex(node["v"])
-    if dtype.itemsize != len(data):
-        raise ValueError("a numpy scalar of the wrong size")
+    if dtype.itemsize != len(data) or dtype.kind in "SU":
+        raise ValueError("a numpy scalar of the wrong size or kind")
     scalar: Any = np.frombuffer(data, dtype)[0] if data else np.zeros((), dtype)[()]
     return scalar
 
 
 _DECODE_PLAIN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "int": lambda n: int(n["v"], 16),
-    "float": lambda n: _from_hex_floats(n["v"])[0],
-    "complex": lambda n: complex(*_from_hex_floats(n["v"])),
+    "float": lambda n: _from_hex_floats(n["v"], 1)[0],
+    "complex": lambda n: complex(*_from_hex_floats(n["v"], 2)),
     "str": _decode_str,
     "bytes": lambda n: bytes.fromhex(n["v"]),
     "bytearray": lambda n: bytearray.fromhex(n["v"]),
     "range": lambda n: range(*(Decoder().decode(item) for item in n["v"])),
     "path": _decode_path,
+    "npstr": lambda n: np.str_(_text(n["v"])),
+    "npbytes": lambda n: np.bytes_(bytes.fromhex(n["v"])),
     "npscalar": _decode_numpy_scalar,
     "npdtype": lambda n: numpy_dtype(n["v"]),
 }
