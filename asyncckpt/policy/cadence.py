@@ -19,7 +19,7 @@ class Every:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("Every(): give steps=, minutes=, or both")
-        if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             raise ValueError(f"Every(steps={self.steps!r}): give a whole number from 1 on")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"Every(minutes={self.minutes!r}): give a positive number")

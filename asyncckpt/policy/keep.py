@@ -22,7 +22,9 @@ class Keep:
     def __post_init__(self) -> None:
         for name in ("last", "every"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if name == "every" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Keep({name}={value!r}): give a whole number from 1 on")
 
     def retire(self, steps: Iterable[int]) -> list[int]:
