@@ -62,6 +62,8 @@ class Custody:
                 keep = self.catalog.manifest(step).attempt
             except (CorruptCheckpointError, CheckpointNotFoundError):
                 return
+        elif any(map(names.is_attempt, present)):
+            self.storage.delete(f"{folder}/{names.MANIFEST}")  # an unlink that was cut short may not be durable
         for name in present:
             if names.is_attempt(name) and name != keep and f"{folder}/{name}" not in self.active:
                 self.storage.remove_folder(f"{folder}/{name}")

@@ -39,7 +39,7 @@ class Storage(Protocol):
         """How a person names this place."""
 
     def list(self, prefix: str) -> list[str]:
-        """Names directly below the folder `prefix`; empty where it does not exist."""
+        """Names directly below the folder `prefix`; empty where it does not exist or is reached by a link."""
 
     def read(self, key: str, limit: int) -> bytes:
         """The whole object. `FileNotFoundError` where there is none, `CorruptCheckpointError` above `limit` bytes."""
@@ -67,10 +67,13 @@ class Storage(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Durably remove one object, if it is there."""
+        """Return only when the object is durably gone, whether it was there or not."""
 
     def remove_folder(self, folder: str) -> None:
-        """Remove the files of one folder that the grammar knows, then the folder where that left it empty."""
+        """Remove from one folder what the grammar allows there (data files only in that of an attempt).
+
+        Then the folder, where that left it empty. What is foreign stays, without an error.
+        """
 
     def free_bytes(self) -> int | None:
         """Room that is left, where that is known."""

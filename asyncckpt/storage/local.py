@@ -52,11 +52,26 @@ class LocalStorage:
     def path(self, key: str) -> str:
         return os.path.join(self.root, key) if key else self.root
 
+    def _link_in(self, folder: str) -> bool:
+        """Whether `folder` is, or lies below, a link, which may lead anywhere. The root itself may be one."""
+        path = self.root
+        for name in filter(None, folder.split("/")):
+            path = os.path.join(path, name)
+            if self.posix.is_link(path):
+                return True
+        return False
+
+    def _refuse_links(self, key: str) -> None:
+        if self._link_in(key.rpartition("/")[0]):
+            raise OSError(errno.ELOOP, "a folder on the way is a symbolic link")
+
     # Reading
 
     def list(self, prefix: str) -> list[str]:
         path = self.path(prefix)
         with _named("list", path):
+            if self._link_in(prefix):
+                return []
             try:
                 return self.posix.listdir(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -64,6 +79,8 @@ class LocalStorage:
 
     def read(self, key: str, limit: int) -> bytes:
         path = self.path(key)
+        with _named("read", path):
+            self._refuse_links(key)
         with _named("read", path), self.posix.opened(path) as fd:
             size = self.posix.size(fd)
             if size > limit:
@@ -77,6 +94,7 @@ class LocalStorage:
     def open(self, key: str) -> LocalReadable:
         path = self.path(key)
         with _named("open", path):
+            self._refuse_links(key)
             try:
                 fd, direct = self.posix.open(path, self.direct), self.direct
             except OSError as error:
@@ -92,8 +110,14 @@ class LocalStorage:
         self.make_root()
         with _named("make", self.path(folder)):
             if not self.posix.is_directory(self.path(step)):
-                self.posix.mkdir(self.path(step))
+                self._make_step(self.path(step))
             self.posix.mkdir(self.path(folder))
+
+    def _make_step(self, path: str) -> None:
+        try:
+            self.posix.mkdir(path)
+        except FileExistsError:
+            raise OSError(errno.ENOTDIR, "something that is not a folder bears this name") from None
 
     def make_root(self) -> None:
         """Make the run's directory and the parents it lacks, each durable in its own parent."""
@@ -114,6 +138,7 @@ class LocalStorage:
     def create(self, key: str, size: int) -> LocalWritable:
         path = self.path(key)
         with _named("create", path):
+            self._refuse_links(key)
             try:
                 fd, direct = self.posix.create(path, self.direct), self.direct
             except OSError as error:
@@ -141,6 +166,7 @@ class LocalStorage:
     def put(self, key: str, data: bytes) -> None:
         path = self.path(key)
         with _named("write", path):
+            self._refuse_links(key)
             fd = self.posix.create(path, False)
             try:
                 _write(self.posix, fd, memoryview(data), 0)
@@ -181,26 +207,32 @@ class LocalStorage:
     def delete(self, key: str) -> None:
         path = self.path(key)
         with _named("delete", path):
+            self._refuse_links(key)
             try:
                 self.posix.unlink(path)
             except FileNotFoundError:
-                return
-            self.posix.fsync_dir(os.path.dirname(path))
+                pass  # gone, but maybe not durably
+            try:
+                self.posix.fsync_dir(os.path.dirname(path))
+            except FileNotFoundError:
+                pass
 
     def remove_folder(self, folder: str) -> None:
         path = self.path(folder)
         with _named("remove", path):
             for name in self.list(folder):
-                if names.is_data_file(name) or names.is_temporary(name):
-                    self.posix.unlink(os.path.join(path, name))
+                item = os.path.join(path, name)
+                ours = names.is_temporary(name) or ("/" in folder and names.is_data_file(name))
+                if ours and not self.posix.is_directory(item):
+                    self.posix.unlink(item)
             try:
                 self.posix.rmdir(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-                log.info("%s holds files that are not ours; left alone", path)
+                log.info("%s is not ours, or holds files that are not; left alone", path)
 
     def free_bytes(self) -> int | None:
         path = self.root
@@ -232,10 +264,9 @@ class LocalWritable:
                 _write(self._posix, self._fd, data, offset)
 
     def _write_tail(self, offset: int, tail: memoryview) -> None:
-        with mmap.mmap(-1, BLOCK) as block:
-            block[: len(tail)] = tail
-            with memoryview(block) as view:
-                _write(self._posix, self._fd, view, offset)
+        block = mmap.mmap(-1, BLOCK)  # not closed by `with`: the frames of an exception may hold views of it
+        block[: len(tail)] = tail
+        _write(self._posix, self._fd, memoryview(block), offset)
 
     def _give_up_direct(self) -> None:
         """The file system took O_DIRECT at open and refuses it now: go on through the page cache."""
@@ -292,10 +323,9 @@ class LocalReadable:
                 return _read(self._posix, fd, buffer, offset)
 
     def _read_tail(self, offset: int, tail: memoryview) -> int:
-        with mmap.mmap(-1, BLOCK) as block:
-            with memoryview(block) as view:
-                done = min(_read(self._posix, self._fd, view, offset), len(tail))
-            tail[:done] = block[:done]
+        block = mmap.mmap(-1, BLOCK)  # not closed by `with`: the frames of an exception may hold views of it
+        done = min(_read(self._posix, self._fd, memoryview(block), offset), len(tail))
+        tail[:done] = block[:done]
         return done
 
     def close(self) -> None:

@@ -94,6 +94,9 @@ class Posix:
         except FileNotFoundError:
             return False
 
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(path)
+
     def free_bytes(self, path: str) -> int:
         info = os.statvfs(path)
         return info.f_bavail * info.f_frsize
