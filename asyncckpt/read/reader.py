@@ -76,6 +76,8 @@ class CheckpointReader:
         """
         record = self.part(part)
         if record.file is None:
+            for key in keys or ():
+                raise self._no_tensor(part, key)
             return PartImage(memoryview(b""), {})
         with self._open(part, record) as file, ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
             buffer = _allocate(record.size)
@@ -92,7 +94,7 @@ class CheckpointReader:
             entries = self._entries(part, record, buffer, fetch)
             for key in keys or ():
                 if key not in entries:
-                    raise CheckpointNotFoundError(f"step {self.step}, part {part!r} has no tensor {key!r}")
+                    raise self._no_tensor(part, key)
                 fetch(entries[key].offset, entries[key].offset + entries[key].nbytes)
         return PartImage(buffer, entries)
 
@@ -161,6 +163,9 @@ class CheckpointReader:
             raise self._corrupt(part, f"{record.file} ends inside chunk {index}", chunk=index)
         if xxhash.xxh3_128_hexdigest(target) != chunk.digest:
             raise self._corrupt(part, f"chunk {index} of {record.file} is not what was committed", chunk=index)
+
+    def _no_tensor(self, part: str, key: str) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(f"step {self.step}, part {part!r} has no tensor {key!r}")
 
     def _corrupt(
         self, part: str, why: str, tensor: str | None = None, chunk: int | None = None
