@@ -100,7 +100,7 @@ def small_run(tmp_path: Path) -> tuple[Path, list[Path]]:
 
 def refused(root: Path) -> bool:
     try:
-        reader(root).verify()
+        CheckpointReader(Catalog(LocalStorage(str(root), direct=False)), 1).verify()
     except CorruptCheckpointError:
         return True
     return False
