@@ -152,6 +152,7 @@ class Attempt:
                 tree=trees[span.part],
                 file=names.image_file(span.part) if span.size else None,
                 size=span.size,
+                chunk_size=CHUNK_SIZE,
                 chunks=tables.get(span.part, []),
             )
             for span in begin.spans
