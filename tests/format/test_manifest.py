@@ -156,3 +156,11 @@ def test_the_digests_of_a_written_checkpoint_are_those_of_its_files(tmp_path: Pa
     folder = tmp_path / names.step_name(7) / manifest.attempt
     assert manifest.size == sum(path.stat().st_size for path in folder.iterdir())
     assert decode_record((folder / names.RECORD).read_bytes(), manifest).step == 7
+
+
+def test_a_whole_record_that_is_not_the_committed_one_is_refused() -> None:
+    """Same size, a good seal, the same attempt: only the digest in the manifest tells."""
+    _, other = make({"model": change(PART, tree=msgspec.Raw(b"true"))})
+    assert len(other) == len(GOOD_RECORD) and other != GOOD_RECORD
+    with pytest.raises(CorruptCheckpointError):
+        decode_record(other, GOOD)
