@@ -1,0 +1,186 @@
+"""What a run was promised to hold, and the check of a real directory against it, by real recovery."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.custody import Custody
+from asyncckpt.errors import CheckpointError, CorruptCheckpointError
+from asyncckpt.format import names
+from asyncckpt.format.manifest import digest
+from asyncckpt.policy.keep import Keep
+from asyncckpt.read.reader import CheckpointReader
+from asyncckpt.read.select import newest
+from asyncckpt.storage.local import LocalStorage
+from asyncckpt.testing.recording import Note, Operation
+
+# What is told, as notes in a recording, when it begins and when it has been reported done.
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A save of `step` has begun; `content` is what `content_of` would give for it."""
+
+    step: int
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """It was reported committed."""
+
+    step: int
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deleting:
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewinding:
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    step: int
+
+
+Event = Saving | Saved | Deleting | Deleted | Rewinding | Rewound
+
+
+@dataclass
+class Promises:
+    """What may, must and must not be there, after the events it was told of. `keep` is the policy of the run."""
+
+    keep: Keep | None = None
+    may: dict[int, list[str]] = field(default_factory=dict)
+    """By step, the contents that it may have if it is there, oldest first."""
+    must: set[int] = field(default_factory=set)
+
+    @classmethod
+    def after(cls, log: Iterable[Operation | Note], keep: Keep | None = None) -> Promises:
+        """The promises made by the notes of `log`."""
+        promises = cls(keep)
+        for entry in log:
+            if isinstance(entry, Note):
+                promises.tell(entry.what)
+        return promises
+
+    def tell(self, event: Event) -> None:
+        match event:
+            case Saving(step, content):
+                self.may.setdefault(step, []).append(content)
+            case Saved(step, content):
+                saving = self.may[step]
+                self.may[step] = saving[saving.index(content) :]
+                self.must.add(step)
+                if self.keep is not None:
+                    self.must.difference_update(self.keep.retire(self.may))
+            case Deleting(step):
+                self.must.discard(step)
+            case Deleted(step):
+                self.may.pop(step, None)
+            case Rewinding(step):
+                self.must = {s for s in self.must if s <= step}
+            case Rewound(step):
+                self.may = {s: contents for s, contents in self.may.items() if s <= step}
+
+    def violations(self, found: Examined) -> list[str]:
+        """In what `found` breaks them, in words."""
+        broken = []
+        if found.error is not None:
+            broken.append(f"the run can't be read: {found.error}")
+        broken += [f"step {step} is listed and damaged: {why}" for step, why in found.damaged.items()]
+        for step, content in found.contents.items():
+            if content not in self.may.get(step, ()):
+                broken.append(f"step {step} holds what was never saved, or was taken back ({content})")
+        for step in self.must.difference(found.contents).difference(found.damaged):
+            broken.append(f"step {step} was reported committed and is not there")
+        if found.error is None and found.newest != max(found.contents, default=None):
+            broken.append(f"restore gives step {found.newest}, not the newest of {sorted(found.contents)}")
+        return broken
+
+
+@dataclass
+class Examined:
+    """What recovery finds in a run."""
+
+    contents: dict[int, str] = field(default_factory=dict)
+    """Of the listed steps that verify."""
+    damaged: dict[int, str] = field(default_factory=dict)
+    """Listed steps that do not, and why."""
+    newest: int | None = None
+    error: str | None = None
+
+
+def examine(root: str | os.PathLike[str], *, direct: bool = False) -> Examined:
+    """Recover the run in `root` as a reader does: list the steps, take the newest, verify and load every one."""
+    catalog = Catalog(LocalStorage(os.fspath(root), direct=direct))
+    found = Examined()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            best, passed_over = newest(catalog, lambda step: (step, content_of(CheckpointReader(catalog, step))))
+        found.damaged.update(passed_over)
+        if best is not None:
+            found.newest = best[0]
+            found.contents[best[0]] = best[1]
+        for step in catalog.candidates():
+            if step not in found.contents and step not in found.damaged:
+                _examine_step(catalog, step, found)
+    except (CheckpointError, OSError) as error:
+        found.error = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _examine_step(catalog: Catalog, step: int, found: Examined) -> None:
+    try:
+        reader = CheckpointReader(catalog, step)
+        reader.verify()
+        found.contents[step] = content_of(reader)
+    except CorruptCheckpointError as error:
+        found.damaged[step] = str(error)
+
+
+def content_of(reader: CheckpointReader) -> str:
+    """One word for all that a checkpoint holds: equal words, equal bytes and leaf trees."""
+    stored = {part: (reader.image(part).buffer, bytes(reader.part(part).tree)) for part in reader.parts}
+    return content_word(stored)
+
+
+def content_word(parts: Mapping[str, tuple[bytes | memoryview, bytes]]) -> str:
+    """The word of `content_of`, from image and leaf tree (JSON) by part."""
+    words = [f"{part} {digest(image)} {digest(tree)};" for part, (image, tree) in sorted(parts.items())]
+    return digest("".join(words).encode())
+
+
+def sweep(root: str | os.PathLike[str]) -> None:
+    """Clear leftovers, as a new owner of the run does first."""
+    storage = LocalStorage(os.fspath(root))
+    Custody(storage, None).sweep()
+
+
+def leftovers(root: str | os.PathLike[str]) -> list[str]:
+    """What lies in a run and belongs to no committed checkpoint."""
+    root = Path(root)
+    catalog = Catalog(LocalStorage(os.fspath(root)))
+    expected = {names.LOCK, names.REWINDS}
+    for step in catalog.committed():
+        folder = names.step_name(step)
+        manifest = catalog.manifest(step)
+        expected |= {folder, f"{folder}/{names.MANIFEST}", f"{folder}/{manifest.attempt}"}
+        expected |= {f"{folder}/{manifest.attempt}/{name}" for name in manifest.files}
+    return sorted({p.relative_to(root).as_posix() for p in root.rglob("*")} - expected)

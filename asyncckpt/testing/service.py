@@ -1,0 +1,172 @@
+"""The real background service, driven without torch: images and leaf trees are handed in as bytes."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from asyncckpt.errors import StorageError
+from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.posix import Posix
+from asyncckpt.testing.promises import (
+    Deleted,
+    Deleting,
+    Event,
+    Rewinding,
+    Rewound,
+    Saved,
+    Saving,
+    content_word,
+)
+from asyncckpt.write import messages as m
+from asyncckpt.write.client import ThreadWriter
+
+PAGE = 4096
+PATIENCE = 60.0
+Value = Mapping[str, tuple[bytes, Any]]
+"""By part: its image (empty where it holds no tensor), and its leaf tree."""
+
+
+@dataclass
+class _Arena:
+    id: int
+    size: int
+    fd: int | None
+    memory: memoryview
+
+
+class ServiceDriver:
+    """Owns the run in `root` by a service on a thread, over `posix`. Calls wait for the answer.
+
+    `note` is told of every event when it begins and when it has been reported done; `RecordingPosix.note` fits.
+
+    Raises:
+        CheckpointError: the run can't be owned.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        posix: Posix | None = None,
+        *,
+        keep: Keep | None = None,
+        direct: bool = True,
+        note: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._note = note
+        self._changed = threading.Condition()
+        self._replies: list[m.Reply] = []
+        self._events: dict[int, Event] = {}
+        self._dead: str | None = None
+        self._numbers = itertools.count(1)
+        self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
+        last, every = (keep.last, keep.every) if keep is not None else (None, None)
+        self._writer.send(m.Open(root, 5.0, last, every, direct))
+        opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
+        if isinstance(opened, m.Refused):
+            self._writer.join(PATIENCE)
+            raise opened.fault.error()
+
+    def save(self, step: int, value: Value, *, replace: bool = False) -> m.Committed:
+        """Commit `value` as `step`.
+
+        Raises:
+            CheckpointError: the service says that it failed, or has died.
+        """
+        return self.finish(self.begin(step, value, replace=replace))
+
+    def begin(self, step: int, value: Value, *, replace: bool = False) -> int:
+        """Start a save, from an arena of its own; returns its number, for `finish`."""
+        number = next(self._numbers)
+        spans, trees = [], {part: tree for part, (_, tree) in value.items()}
+        position = 0
+        for part, (image, _) in value.items():
+            spans.append(m.Span(part, position, len(image)))
+            position += -(-len(image) // PAGE) * PAGE
+        text = msgspec.json.encode(trees)
+        memory = memoryview(mmap.mmap(-1, position + max(PAGE, len(text))))
+        for span in spans:
+            memory[span.offset : span.offset + span.size] = value[span.part][0]
+        memory[position : position + len(text)] = text
+        event = Saved(step, content_of_value(value))
+        self._events[number] = event
+        self._note(Saving(step, event.content))
+        self._writer.share(_Arena(number, len(memory), None, memory))
+        self._writer.send(m.Begin(number, step, number, spans, replace))
+        self._writer.send(m.Staged(number, position))
+        self._writer.send(m.Seal(number, position, len(text)))
+        return number
+
+    def finish(self, number: int) -> m.Committed:
+        """Wait for the end of a save."""
+        reply = self._await(lambda r: isinstance(r, m.Committed | m.Failed | m.Dropped) and r.save == number)
+        self._writer.send(m.Forget(number))
+        if isinstance(reply, m.Failed):
+            raise reply.fault.error()
+        assert isinstance(reply, m.Committed)
+        return reply
+
+    def delete(self, step: int) -> None:
+        self._note(Deleting(step))
+        self._call(m.Delete(next(self._numbers), step), Deleted(step))
+
+    def rewind(self, step: int) -> None:
+        self._note(Rewinding(step))
+        self._call(m.RewindTo(next(self._numbers), step), Rewound(step))
+
+    def close(self) -> None:
+        """Let the service finish what is begun, retention too, and end."""
+        self._writer.send(m.Close())
+        if not self._writer.join(PATIENCE):
+            raise StorageError("the service does not end")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, request: m.Delete | m.RewindTo, event: Event) -> None:
+        self._events[request.call] = event
+        self._writer.send(request)
+        done = self._await(lambda r: isinstance(r, m.Done) and r.call == request.call)
+        assert isinstance(done, m.Done)
+        if done.fault is not None:
+            raise done.fault.error()
+
+    def _await(self, wanted: Callable[[m.Reply], bool]) -> m.Reply:
+        with self._changed:
+            self._changed.wait_for(lambda: self._dead is not None or any(map(wanted, self._replies)), PATIENCE)
+            reply = next(filter(wanted, self._replies), None)
+            if reply is None:
+                raise StorageError(f"the service {self._dead or 'does not answer'}")
+            self._replies.remove(reply)
+            return reply
+
+    def _on_reply(self, reply: m.Reply) -> None:
+        number = reply.save if isinstance(reply, m.Committed) else reply.call if isinstance(reply, m.Done) else None
+        faulty = isinstance(reply, m.Done) and reply.fault is not None
+        if number is not None and not faulty:
+            self._note(self._events[number])
+        with self._changed:
+            self._replies.append(reply)
+            self._changed.notify_all()
+
+    def _on_death(self, reason: str) -> None:
+        with self._changed:
+            self._dead = reason
+            self._changed.notify_all()
+
+
+def content_of_value(value: Value) -> str:
+    """What `promises.content_of` gives for a checkpoint of `value`."""
+    return content_word({part: (image, msgspec.json.encode(tree)) for part, (image, tree) in value.items()})

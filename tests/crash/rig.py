@@ -1,0 +1,164 @@
+"""The rig: record a scenario, cut the power everywhere, recover, and hold what is found against the promises."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from asyncckpt.policy.keep import Keep
+from asyncckpt.testing import Note, Operation, RecordingPosix, ServiceDriver, power_cuts
+from asyncckpt.testing.crash import Cut, Disk, FileSystem, materialised
+from asyncckpt.testing.promises import Examined, Promises, examine, leftovers, sweep
+from asyncckpt.write import pipeline
+from crash.scenarios import Scenario, resume
+
+Log = list[Operation | Note]
+RUN = "new/run"
+"""Where the run lies below the base: its parent is new, too."""
+FACTOR = float(os.environ.get("ASYNCCKPT_TORTURE", "1"))
+"""How much longer than usual the long forms are."""
+
+
+def scaled(count: int) -> int:
+    return max(1, round(count * FACTOR))
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder in memory where there is one: materialised disks need not be durable."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="asyncckpt-crash-", dir=place))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def chunks_of(size: int) -> Iterator[None]:
+    before, pipeline.CHUNK_SIZE = pipeline.CHUNK_SIZE, size
+    try:
+        yield
+    finally:
+        pipeline.CHUNK_SIZE = before
+
+
+def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosix | None = None) -> Log:
+    """The log of `scenario` done for real below `base`."""
+    posix = posix or RecordingPosix()
+    root = str(base / RUN)
+    with chunks_of(scenario.chunk_size):
+        scenario.run(lambda: ServiceDriver(root, posix, keep=scenario.keep, direct=direct, note=posix.note))
+    return posix.log
+
+
+@dataclass
+class Report:
+    """How much was tried, and what broke."""
+
+    states: int = 0
+    repeated: int = 0
+    violations: list[str] = field(default_factory=list)
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+    def __add__(self, other: Report) -> Report:
+        return Report(self.states + other.states, self.repeated + other.repeated, self.violations + other.violations)
+
+    def check(self) -> None:
+        if self.violations:
+            shown = "\n".join(self.violations[:5])
+            raise AssertionError(f"{len(self.violations)} violations in {self.states} states:\n{shown}")
+
+
+def cut_everywhere(
+    log: Sequence[Operation | Note],
+    base: Path,
+    keep: Keep | None,
+    *,
+    samples: int,
+    seed: int,
+    disk: Disk | None = None,
+    start: int = 0,
+    patience: int = 1,
+) -> Report:
+    """Recover from every power cut in `log` from entry `start` on; stop after `patience` violations."""
+    report, told = Report(), Promises(keep)
+    epoch, upto = 0, 0
+    with memory_folder() as folder:
+        points = range(start, len(log) + 1)
+        for number, cut in enumerate(power_cuts(log, base, samples=samples, seed=seed, disk=disk, points=points)):
+            for entry in log[upto : cut.at]:
+                if isinstance(entry, Note):
+                    told.tell(entry.what)
+                    epoch += 1
+            upto = cut.at
+            key = (epoch, cut.disk.fingerprint)
+            if key in report.seen:
+                report.repeated += 1
+                continue
+            report.seen.add(key)
+            report.states += 1
+            report.violations += recover(folder / str(number), cut, told)
+            if len(report.violations) >= patience:
+                break
+    return report
+
+
+def recover(place: Path, cut: Cut, promises: Promises) -> list[str]:
+    """Real recovery on the disk of `cut`, twice: as a reader finds it, and after a new owner has cleared it."""
+    with materialised(place, cut.disk) as base:
+        root = base / RUN
+        first = examine(root)
+        broken = promises.violations(first)
+        if root.exists():
+            sweep(root)
+            broken += after_sweep(root, first)
+    return [f"cut after entry {cut.at}: {why} [{cut.how}]" for why in broken]
+
+
+def after_sweep(root: Path, before: Examined) -> list[str]:
+    """A sweep takes nothing that is listed, and leaves nothing that is not."""
+    after = examine(root)
+    broken = []
+    if after != before:
+        broken.append(f"the sweep changed what is listed: {before} became {after}")
+    if before.error is None and (left := leftovers(root)):
+        broken.append(f"the sweep left {left}")
+    return broken
+
+
+def cut_recovery(log: Log, base: Path, scenario: Scenario, *, at: int, samples: int, seed: int) -> Report:
+    """Kill the service after entry `at`, let another go on from there, and cut the power all along its way."""
+    system = FileSystem(base)
+    for index, entry in enumerate(log[:at]):
+        if isinstance(entry, Operation):
+            system.apply(entry, index)
+    shutil.rmtree(base)
+    with materialised(base, system.live()):
+        second = record(Scenario(resume, scenario.keep), base, direct=False)
+    base.mkdir()
+    return cut_everywhere([*log[:at], *second], base, scenario.keep, samples=samples, seed=seed, start=at)
+
+
+class Progress:
+    """A line on stderr now and then, for the long forms."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, itertools.count(1)
+        self._began = self._last = time.monotonic()
+
+    def step(self, figures: str = "") -> None:
+        done, now = next(self._done), time.monotonic()
+        if FACTOR > 1 and (now - self._last > 5 or done == self._total):
+            self._last = now
+            left = (now - self._began) / done * (self._total - done)
+            line = f"{self._what}: {done} of {self._total}, {left:.0f} s left. {figures}"
+            print(line, file=sys.__stderr__, flush=True)

@@ -1,0 +1,107 @@
+"""Lives of a run, told to the real service. Torch-free, so that a process that runs them may fork."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from support.checkpoints import image_of
+
+from asyncckpt.errors import CheckpointError
+from asyncckpt.policy.keep import Keep
+from asyncckpt.testing import ServiceDriver
+from asyncckpt.testing.service import Value
+
+Open = Callable[[], ServiceDriver]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is done with the run that `open_` opens; `chunk_size` is that of the data files."""
+
+    run: Callable[[Open], None]
+    keep: Keep | None = None
+    chunk_size: int = 8 << 20
+
+
+def value(seed: int, parts: int = 2, blocks: int = 2) -> Value:
+    """Parts with images of some blocks and a tail, no two seeds alike, and one part without a tensor."""
+    made: dict[str, tuple[bytes, Any]] = {}
+    for i in range(parts):
+        noise = np.random.default_rng([seed, i]).integers(0, 256, 4096 * blocks + 100 + i, np.uint8)
+        _, image = image_of({"w": noise})
+        made[f"part{i}"] = (image, {"seed": seed, "w": {"$": "tensor", "n": "w"}})
+    return {**made, "note": (b"", {"seed": seed})}
+
+
+def plain(open_: Open) -> None:
+    with open_() as driver:
+        driver.save(1, value(1, parts=3))
+        driver.save(2, value(2, parts=1))
+
+
+def overwriting(open_: Open) -> None:
+    with open_() as driver:
+        driver.save(1, value(1))
+        driver.save(1, value(2), replace=True)
+        driver.save(1, value(3, parts=0), replace=True)
+
+
+def retention(open_: Open) -> None:
+    with open_() as driver:
+        for step in range(1, 5):
+            driver.save(step, value(step, parts=1, blocks=1))
+
+
+def rewinding(open_: Open) -> None:
+    with open_() as driver:
+        for step in (10, 20, 30):
+            driver.save(step, value(step, parts=1, blocks=1))
+        driver.rewind(10)
+        driver.save(20, value(21, parts=1, blocks=1), replace=True)
+
+
+def deleting(open_: Open) -> None:
+    with open_() as driver:
+        driver.save(1, value(1, parts=1))
+        driver.save(2, value(2, parts=1))
+        driver.delete(2)
+        driver.save(2, value(3, parts=1))
+        driver.delete(1)
+
+
+def queueing(open_: Open) -> None:
+    with open_() as driver:
+        for number in [driver.begin(step, value(step, parts=1)) for step in (1, 2, 3)]:
+            driver.finish(number)
+
+
+def restarting(open_: Open) -> None:
+    for step in (1, 2):
+        with open_() as driver:
+            driver.save(step, value(step, parts=1))
+
+
+SCENARIOS = {
+    "plain": Scenario(plain),
+    "overwriting": Scenario(overwriting),
+    "retention": Scenario(retention, Keep(last=1)),
+    "rewinding": Scenario(rewinding, Keep(last=2)),
+    "deleting": Scenario(deleting),
+    "queueing": Scenario(queueing, Keep(last=2)),
+    "restarting": Scenario(restarting),
+    "small_chunks": Scenario(plain, chunk_size=4096),
+}
+
+
+def resume(open_: Open, step: int = 90) -> None:
+    """What comes after a crash: own the run, clear leftovers, save, save the same step anew."""
+    with open_() as driver:
+        driver.save(step, value(step, parts=1, blocks=1))
+        for old in (1, 2):
+            try:
+                driver.save(old, value(step + old, parts=0), replace=True)
+            except CheckpointError:
+                raise AssertionError(f"saving step {old} after a crash failed") from None
