@@ -64,13 +64,22 @@ class Custody:
                 return
         elif any(map(names.is_attempt, present)):
             self.storage.delete(f"{folder}/{names.MANIFEST}")  # an unlink that was cut short may not be durable
-        for name in present:
-            if names.is_attempt(name) and name != keep and f"{folder}/{name}" not in self.active:
-                self.storage.remove_folder(f"{folder}/{name}")
-            elif names.is_temporary(name):
-                self.storage.delete(f"{folder}/{name}")
+        stale = [n for n in present if names.is_attempt(n) and n != keep and f"{folder}/{n}" not in self.active]
+        if stale and keep is not None:
+            self.storage.settle(f"{folder}/{stale[0]}")  # the manifest that took their place may not be durable
+        for name in stale:
+            self.storage.remove_folder(f"{folder}/{name}")
+        for name in filter(names.is_temporary, present):
+            self.storage.delete(f"{folder}/{name}")
         if keep is None:
             self.storage.remove_folder(folder)
+
+    def trust(self, step: int) -> None:
+        """A reader has digest-checked `step`: once its names are durable too, retention may rely on it."""
+        attempt = self.attempt_of(step)
+        if attempt is not None:
+            self.storage.settle(f"{names.step_name(step)}/{attempt}")
+            self.verified.add(step)
 
     def attempt_of(self, step: int) -> str | None:
         """The attempt that `step` is committed as; None where it is not committed, or its manifest is damaged."""

@@ -57,7 +57,7 @@ class Storage(Protocol):
         """A new small file, durable on return."""
 
     def settle(self, folder: str) -> None:
-        """Return only when all names on the way to the files of `folder` are durable."""
+        """Return only when all names on the way to the files of `folder`, which exists, are durable as they are."""
 
     def publish(self, key: str, data: bytes, *, replace: bool) -> None:
         """Let `key` appear with `data`, atomically and durably.

@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
@@ -44,6 +45,7 @@ class LocalStorage:
         self.root = os.path.abspath(root)
         self.posix = posix or Posix()
         self.direct = direct and O_DIRECT != 0
+        self._rooted = False
 
     @property
     def url(self) -> str:
@@ -120,7 +122,11 @@ class LocalStorage:
             raise OSError(errno.ENOTDIR, "something that is not a folder bears this name") from None
 
     def make_root(self) -> None:
-        """Make the run's directory and the parents it lacks, each durable in its own parent."""
+        """Make the run's directory and the parents it lacks; all names on the way to it are durable on return.
+
+        That takes an fsync of every directory above it, once: what is there may have been made a moment ago, by
+        a process that was killed before it could fsync.
+        """
         missing = []
         path = self.root
         while not self.posix.is_directory(path) and not os.path.isdir(path):
@@ -133,7 +139,22 @@ class LocalStorage:
                 except FileExistsError:
                     if not os.path.isdir(path):
                         raise
-                self.posix.fsync_dir(os.path.dirname(path))
+        if missing or not self._rooted:
+            self._settle_above({os.path.dirname(path) for path in missing})
+            self._rooted = True
+
+    def _settle_above(self, changed: set[str]) -> None:
+        """Fsync the directories above the root, up to the mount point; unchanged ones only where it is allowed."""
+        device = os.stat(self.root).st_dev
+        for path in map(str, Path(self.root).parents):
+            if os.stat(path).st_dev != device:
+                break
+            with _named(f"fsync {path}, on the way to", self.root):
+                try:
+                    self.posix.fsync_dir(path)
+                except PermissionError:
+                    if path in changed:
+                        raise
 
     def create(self, key: str, size: int) -> LocalWritable:
         path = self.path(key)
