@@ -410,7 +410,7 @@ class Checkpointer:
         """Whether a save of `step` takes the place of a committed one."""
         if overwrite:
             return True
-        if any(handle.step == step for handle in self._session.in_flight):
+        if any(handle.step == step and not handle.done() for handle in self._session.in_flight):
             raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
         if not self._run.exists(step):
             return False

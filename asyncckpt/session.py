@@ -278,21 +278,19 @@ class Session:
     def _settle(self, flight: Flight, reply: m.Committed | m.Failed | m.Dropped) -> None:
         """The writer is done with a save: its outcome is known, and the writer lets go of the arena."""
         handle = flight.handle
-        match reply:
-            case m.Committed():
-                writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size)
-                handle.finish(
-                    "committed", timeline=Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
-                )
-                with self._changed:
+        with self._changed:  # whoever sees the outcome finds the place in the queue free
+            match reply:
+                case m.Committed():
+                    writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size)
+                    times = Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
+                    handle.finish("committed", timeline=times)
                     self.tally.direct_io = reply.direct
-            case m.Failed():
-                handle.finish("failed", reply.fault.error())
-            case m.Dropped() if flight.error is not None:
-                handle.finish("failed", flight.error)
-            case m.Dropped():
-                handle.finish("replaced")
-        with self._changed:
+                case m.Failed():
+                    handle.finish("failed", reply.fault.error())
+                case m.Dropped() if flight.error is not None:
+                    handle.finish("failed", flight.error)
+                case m.Dropped():
+                    handle.finish("replaced")
             self.tally.ended(handle)
             if handle.error is not None:
                 self._failed.append(handle)

@@ -25,15 +25,19 @@ class DaemonPool(Executor):
     def __init__(self, count: int, name: str, nice: int = 0) -> None:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._count = count
+        self._closed = False
         for i in range(count):
             threading.Thread(target=self._run, args=(nice,), name=f"{name}-{i}", daemon=True).start()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        if self._closed:
+            raise RuntimeError("the pool is shut down")  # nobody would ever run it
         future: Future[T] = Future()
         self._tasks.put((future, lambda: fn(*args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._closed = True
         for _ in range(self._count):
             self._tasks.put(None)
 
