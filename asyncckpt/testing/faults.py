@@ -81,11 +81,14 @@ class _Fault:
     verb: str
     at: int | None
     act: Callable[[str, tuple[Any, ...], Callable[..., Any]], Any]
+    lasting: bool = False
 
     def hits(self, verb: str, number: int, changes: int) -> bool:
         if self.verb == ANY:
-            return verb in CHANGES and self.at in (None, changes)
-        return self.verb == verb and self.at in (None, number)
+            verb, number = ANY if verb in CHANGES else verb, changes
+        if self.verb != verb:
+            return False
+        return self.at is None or number == self.at or (self.lasting and number > self.at)
 
 
 class FaultyPosix(PosixWrapper):
@@ -103,9 +106,10 @@ class FaultyPosix(PosixWrapper):
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
 
-    def fail(self, verb: str, at: int | None, error: int, *, after: bool = False) -> Self:
+    def fail(self, verb: str, at: int | None, error: int, *, after: bool = False, lasting: bool = False) -> Self:
         """Raise `OSError(error)`: instead of doing it, or `after` it is done (its answer was lost).
 
+        With `lasting` all later calls fail too, until `heal`.
         A `close` that fails has closed all the same, as the kernel has it.
         """
 
@@ -114,7 +118,7 @@ class FaultyPosix(PosixWrapper):
                 call(*arguments)
             raise OSError(error, os.strerror(error))
 
-        return self._plan(verb, at, act)
+        return self._plan(verb, at, act, lasting)
 
     def shorten(self, at: int | None, verb: str = "pwrite") -> Self:
         """Take only half of the bytes of a `pwrite` (or `preadv`): whole sectors where there is more than one."""
@@ -173,9 +177,9 @@ class FaultyPosix(PosixWrapper):
                 self.fired += 1
         return call(*arguments) if hit is None else hit.act(verb, arguments, call)
 
-    def _plan(self, verb: str, at: int | None, act: Callable[..., Any]) -> Self:
+    def _plan(self, verb: str, at: int | None, act: Callable[..., Any], lasting: bool = False) -> Self:
         with self._lock:
-            self._faults.append(_Fault(verb, at, act))
+            self._faults.append(_Fault(verb, at, act, lasting))
         return self
 
 

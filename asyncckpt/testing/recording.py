@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,29 @@ class RecordingPosix(PosixWrapper):
             data = bytes(arguments[1][:result]) if verb == "pwrite" else b""
             self.log.append(Operation(verb, _plain(arguments), data, result))
             return result
+
+
+def fsynced_again(log: Iterable[Operation | Note]) -> list[str]:
+    """Files, by the path that they were created under, that were fsynced after an fsync of them had failed.
+
+    The kernel may have dropped the pages of such a file and marked them clean: a second fsync says nothing.
+    """
+    paths: dict[int, str] = {}
+    failed: set[int] = set()
+    again = []
+    for entry in log:
+        match entry:
+            case Operation("create", (path, _), error=None):
+                paths[entry.result] = path
+                failed.discard(entry.result)
+            case Operation("fsync", (fd,)):
+                if fd in failed:
+                    again.append(paths.get(fd, f"file descriptor {fd}"))
+                if entry.error is not None:
+                    failed.add(fd)
+            case Operation("close", (fd,)):
+                failed.discard(fd)
+    return again
 
 
 def _plain(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
