@@ -320,8 +320,12 @@ class LocalWritable:
 class LocalReadable:
     def __init__(self, posix: Posix, path: str, fd: int, direct: bool) -> None:
         self._posix, self._path, self._fd, self._direct = posix, path, fd, direct
-        with _named("stat", path):
-            self._size = posix.size(fd)
+        try:
+            with _named("stat", path):
+                self._size = posix.size(fd)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def size(self) -> int:
@@ -350,7 +354,10 @@ class LocalReadable:
         return done
 
     def close(self) -> None:
-        self._posix.close(self._fd)
+        try:
+            self._posix.close(self._fd)
+        except OSError as error:  # what was read was verified all the same
+            log.warning("closing %s: %s", self._path, error)
 
 
 def _write(posix: Posix, fd: int, data: memoryview, offset: int) -> None:
