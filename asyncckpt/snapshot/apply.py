@@ -7,7 +7,9 @@ those in dicts and lists.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 
 from asyncckpt.errors import StateMismatchError
 from asyncckpt.format.tree import Path, show
+from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.flatten import is_stateful
 
 Rename = Callable[[str], str] | Mapping[str, str]
@@ -142,7 +145,8 @@ def _form(value: Any) -> str:
 def apply(live: Any, saved: Any, strict: bool) -> Any:
     """Write `saved` into `live` where that can be done in place, and return what belongs in its place."""
     if isinstance(live, torch.nn.Module):
-        live.load_state_dict(saved, strict=strict)
+        with _writing(itertools.chain(live.parameters(), live.buffers())):
+            live.load_state_dict(saved, strict=strict)
         return live
     if isinstance(live, Optimizer):
         _load_optimizer(live, saved)
@@ -151,7 +155,7 @@ def apply(live: Any, saved: Any, strict: bool) -> Any:
         live.load_state_dict(saved)
         return live
     if isinstance(live, torch.Tensor):
-        with torch.no_grad():
+        with _writing([live]):
             _write_tensor(live, torch.as_tensor(saved))
         return live
     if isinstance(live, np.ndarray):
@@ -178,11 +182,23 @@ def apply(live: Any, saved: Any, strict: bool) -> Any:
 
 
 def _write_tensor(live: torch.Tensor, saved: torch.Tensor) -> None:
-    """Copy in place; dimensions that are one item over and over are written once."""
+    """Copy in place; dimensions that are one item over and over are written once.
+
+    The same dtype is copied as bytes: there are dtypes that torch can hold and not copy.
+    """
     for dimension, stride in enumerate(live.stride()):
         if stride == 0 and live.shape[dimension] > 1:
             live, saved = live.narrow(dimension, 0, 1), saved.narrow(dimension, 0, 1)
+    if live.dtype == saved.dtype and not (live.is_complex() or live.is_neg()):
+        live, saved = dtypes.as_plain(live), dtypes.as_plain(saved)
     live.copy_(saved)
+
+
+@contextmanager
+def _writing(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """While inside, live tensors may be written to, those made in inference mode included."""
+    with torch.no_grad(), torch.inference_mode() if any(t.is_inference() for t in tensors) else nullcontext():
+        yield
 
 
 def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:

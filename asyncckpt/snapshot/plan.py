@@ -165,7 +165,7 @@ class _Builder:
             self.sources[-1].live += [leaf.tensor for same in distinct for leaf in same]
         else:
             storage = distinct[0][0].tensor.untyped_storage()
-            start = max(group.start // 16 * 16, storage.data_ptr())
+            start = group.start - (group.start - storage.data_ptr()) % 16
             span = torch.empty(0, dtype=torch.uint8, device=storage.device)
             span.set_(storage, start - storage.data_ptr(), (group.end - start,), (1,))
             name = self._name(distinct[0][0])

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from asyncckpt.errors import TornSnapshotError, UnsupportedStateError
 from asyncckpt.format import names
-from asyncckpt.snapshot import fence
+from asyncckpt.snapshot import dtypes, fence
 from asyncckpt.snapshot.arena import PAGE, Arena
 from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
@@ -424,7 +424,8 @@ def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
     for i in eager:
         source = sources[i]
         if source.data.device.type != "cuda":
-            sources[i] = Source(source.data.clone(memory_format=torch.preserve_format), source.live, source.contiguous)
+            data = dtypes.as_plain(source.data).clone(memory_format=torch.preserve_format)
+            sources[i] = Source(data, source.live, source.contiguous)
     return PartPlan(plan.specs, sources, plan.image)
 
 
