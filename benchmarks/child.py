@@ -33,7 +33,7 @@ class Child:
     def __init__(self, role: str, limit: float, *, wrap: tuple[str, ...] = (), **options: Any) -> None:
         self._deadline = time.monotonic() + limit
         self._limit, self._role = limit, role
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         read, write = os.pipe()
         command = [*wrap, sys.executable, "-m", "benchmarks.roles", str(write), role, json.dumps(options)]
         environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONPATH": str(ROOT)}
