@@ -99,7 +99,7 @@ SCENARIOS = {
 def resume(open_: Open, step: int = 90) -> None:
     """What comes after a crash: own the run, clear leftovers, save, save the same step anew."""
     with open_() as driver:
-        driver.save(step, value(step, parts=1, blocks=1))
+        driver.save(step, value(step, parts=1, blocks=1), replace=True)
         for old in (1, 2):
             try:
                 driver.save(old, value(step + old, parts=0), replace=True)

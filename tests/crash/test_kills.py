@@ -1,0 +1,44 @@
+"""A save reported committed survives SIGKILL at any storage operation, and so does it survive a killed recovery."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crash.rig import FACTOR, Progress, scaled
+from crash.scenarios import SCENARIOS
+
+TRIALS = 16
+ROUND = 200
+"""Trials of one process in the long form: so often is progress shown."""
+
+
+def sweep(name, mode, trials, seed):
+    """Kills by a process of its own: see `kill_sweep`."""
+    tests = Path(__file__).parents[1]
+    home = os.pathsep.join([str(tests), str(tests.parent)])
+    environment = {**os.environ, "PYTHONPATH": home, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "crash.kill_sweep", name, mode, str(trials), str(seed)]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mode", ["buffered", "direct"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_kills_at_every_operation(record_property, name, mode):
+    rounds = [ROUND] * (scaled(TRIALS) // ROUND) or [scaled(TRIALS)]
+    progress = Progress(f"kills, {name}, {mode}", len(rounds))
+    kills, broken = 0, []
+    for seed, trials in enumerate(rounds):
+        found = sweep(name, mode, trials, seed)
+        kills += found["kills"] + found["kills_of_recovery"]
+        broken += found["violations"]
+        progress.step(f"{kills} kills")
+    record_property("kills", kills)
+    assert kills >= (TRIALS // 2 if FACTOR <= 1 else ROUND // 2)
+    assert not broken, f"{len(broken)} in {kills} kills:\n" + "\n".join(broken[:10])
