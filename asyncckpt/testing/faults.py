@@ -121,7 +121,7 @@ class FaultyPosix(PosixWrapper):
         return self._plan(verb, at, act, lasting)
 
     def shorten(self, at: int | None, verb: str = "pwrite") -> Self:
-        """Take only half of the bytes of a `pwrite` (or `preadv`): whole sectors where there is more than one."""
+        """Take only half of the bytes of a `pwrite` (or `preadv`), whole sectors of them if it can be."""
 
         def act(verb: str, arguments: tuple[Any, ...], call: Callable[..., Any]) -> Any:
             fd, data, offset = arguments
@@ -185,4 +185,4 @@ class FaultyPosix(PosixWrapper):
 
 def _half(size: int) -> int:
     half = size // 2
-    return half // 512 * 512 or half
+    return half // 512 * 512 or half or size
