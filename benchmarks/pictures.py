@@ -29,7 +29,7 @@ def tax(result: Result, path: Path) -> None:
     copy = result.floors.get("pinned_d2h", result.floors.get("memcpy_1"))
     if isinstance(copy, float):
         axes.axvline(copy, color="black", linestyle=":", label="one copy of the state, one thread")
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside upper right", fontsize=8)
     axes.set_xscale("log")
     axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
     axes.set_xlabel("seconds added per save, a save every step (median, 95 % interval)")
@@ -58,7 +58,7 @@ def timeline(records: list[Record], peer: str, path: Path) -> bool:
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     axes.set_title(f"{peer}: a save every step")
-    axes.legend(loc="upper right", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return True

@@ -53,7 +53,35 @@ def _restore(
     measure.restore(tell, training, peers.make(peer, Path(directory), training), step, fingerprint, repeats)
 
 
-_ROLES = {"machine": _machine, "calibrate": _calibrate, "timing": _timing, "save": _save, "restore": _restore}
+def _save_cost(tell: Reporter, tensors: int, saves: int, directory: str) -> None:
+    from benchmarks import save_cost
+
+    save_cost.measure(tell, tensors, saves, directory)
+
+
+def _commit_speed(tell: Reporter, shape: dict[str, Any], directory: str, rounds: int) -> None:
+    from benchmarks import alternate
+    from benchmarks.model import Shape
+
+    alternate.speed(tell, Shape(**shape), Path(directory), rounds)
+
+
+def _endurance(tell: Reporter, directory: str, saves: int) -> None:
+    from benchmarks import alternate
+
+    alternate.endurance(tell, Path(directory), saves)
+
+
+_ROLES = {
+    "machine": _machine,
+    "calibrate": _calibrate,
+    "timing": _timing,
+    "save": _save,
+    "restore": _restore,
+    "save_cost": _save_cost,
+    "commit_speed": _commit_speed,
+    "endurance": _endurance,
+}
 
 
 def main() -> None:

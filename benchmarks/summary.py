@@ -102,7 +102,7 @@ def _with_baseline(records: list[Record]) -> Iterable[tuple[Record, float]]:
 
 
 def _in_flight(window: Record, base: float) -> Iterable[float]:
-    """Steps with a save in flight for at least half of them: their length without what was blocked, over a quiet one."""
+    """Steps with a save in flight for half of them or more: their length without what was blocked, over a quiet one."""
     spans = [(save["called"], save["done"]) for save in window["saves"] if save["done"]]
     for begin, end, blocked in window["ticks"]:
         covered = max((min(end, done) - max(begin, called) for called, done in spans), default=0.0)

@@ -82,6 +82,9 @@ class Background:
         except BaseException as error:
             self._error = error
 
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
     def join(self) -> None:
         self._thread.join()
         if self._error is not None:
