@@ -191,7 +191,7 @@ class FileSystem:
         ok = operation.error is None
         match operation.verb, operation.arguments:
             case "create", (path, _) if ok:
-                self._fds[operation.result] = self._add(path, self._new(_File()))
+                self._fds[operation.result] = self._created(path)
             case "mkdir", (path,) if ok:
                 self._add(path, self._new(_Folder()))
             case "close", (fd,):
@@ -277,6 +277,12 @@ class FileSystem:
 
     def _parent(self, path: str) -> tuple[_Folder, str]:
         return self._folder(self._resolve(os.path.dirname(path))), os.path.basename(path)
+
+    def _created(self, path: str) -> int:
+        """The file that a `create` opened: a new one, or what was there for a storage that allows that."""
+        folder, name = self._parent(path)
+        known = folder.live.get(name)
+        return self._add(path, self._new(_File())) if known is None else known
 
     def _add(self, path: str, inode: int) -> int:
         folder, name = self._parent(path)

@@ -174,13 +174,18 @@ def sweep(root: str | os.PathLike[str]) -> None:
 
 
 def leftovers(root: str | os.PathLike[str]) -> list[str]:
-    """What lies in a run and belongs to no committed checkpoint."""
+    """What lies in a run and belongs to no committed checkpoint; below a damaged manifest all counts as belonging."""
     root = Path(root)
     catalog = Catalog(LocalStorage(os.fspath(root)))
+    present = {p.relative_to(root).as_posix() for p in root.rglob("*")}
     expected = {names.LOCK, names.REWINDS}
     for step in catalog.committed():
         folder = names.step_name(step)
-        manifest = catalog.manifest(step)
+        try:
+            manifest = catalog.manifest(step)
+        except CorruptCheckpointError:
+            expected |= {path for path in present if path == folder or path.startswith(folder + "/")}
+            continue
         expected |= {folder, f"{folder}/{names.MANIFEST}", f"{folder}/{manifest.attempt}"}
         expected |= {f"{folder}/{manifest.attempt}/{name}" for name in manifest.files}
-    return sorted({p.relative_to(root).as_posix() for p in root.rglob("*")} - expected)
+    return sorted(present - expected)

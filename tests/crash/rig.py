@@ -135,7 +135,9 @@ def after_sweep(root: Path, before: Examined) -> list[str]:
     return broken
 
 
-def cut_recovery(log: Log, base: Path, scenario: Scenario, *, at: int, samples: int, seed: int) -> Report:
+def cut_recovery(
+    log: Log, base: Path, scenario: Scenario, *, at: int, samples: int, seed: int, patience: int = 1
+) -> Report:
     """Kill the service after entry `at`, let another go on from there, and cut the power all along its way."""
     system = FileSystem(base)
     for index, entry in enumerate(log[:at]):
@@ -145,7 +147,9 @@ def cut_recovery(log: Log, base: Path, scenario: Scenario, *, at: int, samples: 
     with materialised(base, system.live()):
         second = record(Scenario(resume, scenario.keep), base, direct=False)
     base.mkdir()
-    return cut_everywhere([*log[:at], *second], base, scenario.keep, samples=samples, seed=seed, start=at)
+    return cut_everywhere(
+        [*log[:at], *second], base, scenario.keep, samples=samples, seed=seed, start=at, patience=patience
+    )
 
 
 class Progress:
