@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from asyncckpt.testing import Operation
 from crash.rig import Progress, Report, cut_everywhere, cut_recovery, record, scaled
 from crash.scenarios import SCENARIOS
 
@@ -17,6 +18,7 @@ RESTARTS = 6
 def test_every_cut_of_a_life(tmp_path, record_property, name, direct):
     scenario = SCENARIOS[name]
     log = record(scenario, tmp_path, direct=direct)
+    assert direct == any(entry.verb == "create" and entry.arguments[1] for entry in log if isinstance(entry, Operation))
     report = cut_everywhere(log, tmp_path, scenario.keep, samples=scaled(SAMPLES), seed=1)
     record_property("states", report.states)
     report.check()
