@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORTURE := 40
+TORTURE_MINUTES := 20
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test torture lint format bench clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -23,6 +25,10 @@ demo: $(READY)   ## train a small GPT, kill it in the middle of a save, resume i
 
 test: $(READY)   ## the whole test suite
 	$(BIN)/python -m pytest -n 2 tests
+
+torture: $(READY) ## the crash tests in their long form, and how long that takes
+	@echo "about $(TORTURE_MINUTES) minutes on two cores: power cuts, kills and errors at every storage operation"
+	ASYNCCKPT_TORTURE=$(TORTURE) $(BIN)/python -m pytest -n 2 -s tests/crash
 
 lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -353,7 +353,7 @@ def _fates(pending: list[Change], samples: int, coin: random.Random) -> Iterator
             yield {change: bool(bits >> i & 1) for i, change in enumerate(pending)}
         torn = samples // 4 if any(c.verb == "write" for c in pending) else 0
         for _ in range(torn):
-            yield _random(pending, coin)
+            yield random_fates(pending, coin)
         return
     kept: list[set[Change]] = [set(pending[:n]) for n in range(len(pending) + 1)]
     kept += [set(pending) - {one} for one in pending]
@@ -363,10 +363,11 @@ def _fates(pending: list[Change], samples: int, coin: random.Random) -> Iterator
         regular = [regular[0], regular[len(pending)], *coin.sample(regular, max(0, samples // 2 - 2))]
     yield from regular
     for _ in range(samples - len(regular)):
-        yield _random(pending, coin)
+        yield random_fates(pending, coin)
 
 
-def _random(pending: list[Change], coin: random.Random) -> dict[Change, Fate]:
+def random_fates(pending: list[Change], coin: random.Random) -> dict[Change, Fate]:
+    """A fate for each change, by chance: few or many kept, few or many writes torn."""
     kept, torn = coin.choice((0.1, 0.5, 0.9)), coin.choice((0.0, 0.3, 0.8))
 
     def fate(change: Change) -> Fate:

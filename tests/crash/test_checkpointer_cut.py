@@ -79,9 +79,9 @@ def diary(tmp_path):
 
 
 @pytest.mark.timeout(3600)
-def test_every_cut(tmp_path, diary, record_property):
+def test_every_cut(tmp_path, diary, figure):
     report = cut_everywhere(diary.log(), tmp_path, KEEP, samples=scaled(12), seed=2)
-    record_property("states", report.states)
+    figure("model states", report.states)
     report.check()
 
 

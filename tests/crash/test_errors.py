@@ -24,7 +24,7 @@ NAMES = ("mkdir", "fsync", "fsync_dir", "rename", "link", "unlink", "rmdir")
 
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 @pytest.mark.parametrize("name", DEEDS)
-def test_every_error_at_every_call(record_property, caplog, name, direct):
+def test_every_error_at_every_call(figure, caplog, name, direct):
     """The short form takes the errors in turn, call by call, and the long form all of them at each."""
     caplog.set_level(logging.CRITICAL)
     pairs, broken = 0, []
@@ -38,7 +38,7 @@ def test_every_error_at_every_call(record_property, caplog, name, direct):
             broken += trial.run(verb, at, error, lasting=lasting, samples=min(samples, 20))
             pairs += 1
             progress.step()
-    record_property("pairs", pairs)
+    figure("error x call pairs", pairs)
     assert not broken, f"{len(broken)} of {pairs}:\n" + "\n".join(broken[:10])
 
 
@@ -56,7 +56,7 @@ def planned(calls, direct):
             yield verb, at, SHORT, False
 
 
-def test_every_error_while_reading(tmp_path, record_property, caplog):
+def test_every_error_while_reading(tmp_path, figure, caplog):
     """A restore gives the right bytes of a committed step, or a documented error; never "nothing"."""
     caplog.set_level(logging.CRITICAL)
     root = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_every_error_while_reading(tmp_path, record_property, caplog):
                 except (AssertionError, OSError) as failure:
                     broken.append(f"{verb} {at} {error}: {failure!r}")
                 pairs += faulty.fired
-    record_property("pairs", pairs)
+    figure("error x read pairs", pairs)
     assert pairs > 100
     assert not broken, "\n".join(broken[:10])
 

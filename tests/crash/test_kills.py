@@ -30,7 +30,7 @@ def sweep(name, mode, trials, seed):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("mode", ["buffered", "direct"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_kills_at_every_operation(record_property, name, mode):
+def test_kills_at_every_operation(figure, name, mode):
     rounds = [ROUND] * (scaled(TRIALS) // ROUND) or [scaled(TRIALS)]
     progress = Progress(f"kills, {name}, {mode}", len(rounds))
     kills, broken = 0, []
@@ -39,6 +39,6 @@ def test_kills_at_every_operation(record_property, name, mode):
         kills += found["kills"] + found["kills_of_recovery"]
         broken += found["violations"]
         progress.step(f"{kills} kills")
-    record_property("kills", kills)
+    figure("kills", kills)
     assert kills >= (TRIALS // 2 if FACTOR <= 1 else ROUND // 2)
     assert not broken, f"{len(broken)} in {kills} kills:\n" + "\n".join(broken[:10])

@@ -15,18 +15,18 @@ RESTARTS = 6
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_cut_of_a_life(tmp_path, record_property, name, direct):
+def test_every_cut_of_a_life(tmp_path, figure, name, direct):
     scenario = SCENARIOS[name]
     log = record(scenario, tmp_path, direct=direct)
     assert direct == any(entry.verb == "create" and entry.arguments[1] for entry in log if isinstance(entry, Operation))
     report = cut_everywhere(log, tmp_path, scenario.keep, samples=scaled(SAMPLES), seed=1)
-    record_property("states", report.states)
+    figure("model states", report.states)
     report.check()
 
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_every_cut_of_a_recovery(tmp_path, record_property, name):
+def test_every_cut_of_a_recovery(tmp_path, figure, name):
     """The service is killed, another takes over, clears up and saves; then the power goes."""
     scenario = SCENARIOS[name]
     base = tmp_path / "disk"
@@ -37,7 +37,7 @@ def test_every_cut_of_a_recovery(tmp_path, record_property, name):
     for at in points:
         report += cut_recovery(log, base, scenario, at=at, samples=min(64, scaled(6)), seed=at)
         progress.step(f"{report.states} states")
-    record_property("states", report.states)
+    figure("model states", report.states)
     report.check()
 
 
