@@ -80,7 +80,7 @@ def diary(tmp_path):
 
 @pytest.mark.timeout(3600)
 def test_every_cut(tmp_path, diary, figure):
-    report = cut_everywhere(diary.log(), tmp_path, KEEP, samples=scaled(12), seed=2)
+    report = cut_everywhere(diary.log(), tmp_path, KEEP, samples=scaled(8), seed=2)
     figure("model states", report.states)
     report.check()
 

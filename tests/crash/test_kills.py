@@ -11,8 +11,8 @@ import pytest
 from crash.rig import FACTOR, Progress, scaled
 from crash.scenarios import SCENARIOS
 
-TRIALS = 16
-ROUND = 200
+TRIALS = 12
+ROUND = 120
 """Trials of one process in the long form: so often is progress shown."""
 
 

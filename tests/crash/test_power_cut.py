@@ -9,7 +9,7 @@ from crash.rig import Progress, Report, cut_everywhere, cut_recovery, record, sc
 from crash.scenarios import SCENARIOS
 
 SAMPLES = 20
-RESTARTS = 6
+RESTARTS = 5
 
 
 @pytest.mark.timeout(3600)
