@@ -78,7 +78,7 @@ class Flattener(Encoder):
 
 def is_stateful(value: Any) -> bool:
     """Whether `value` has a `state_dict()` to save and a `load_state_dict()` to restore."""
-    return _callable(value, "state_dict") and _callable(value, "load_state_dict")
+    return not isinstance(value, type) and _callable(value, "state_dict") and _callable(value, "load_state_dict")
 
 
 def _callable(value: Any, name: str) -> bool:

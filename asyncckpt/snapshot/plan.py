@@ -7,6 +7,7 @@ stored as U8. Everything else is stored row-major under its own name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from asyncckpt.errors import UnsupportedStateError
 from asyncckpt.format.image import Image, Spec, layout
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.flatten import Leaf
+
+_ALIGN = 16
+"""What bytes that hold items of unknown width are aligned to, where their size is a multiple of it."""
 
 
 @dataclass(slots=True)
@@ -143,7 +147,7 @@ class _Builder:
         shape = tuple(t.shape) if code else (t.numel() * width,)
         contiguous = t.is_contiguous()
         self._append(
-            Spec(name, code or "U8", shape, 16 if array_leaf else width),
+            Spec(name, code or "U8", shape, math.gcd(_ALIGN, shape[0]) if array_leaf else width),
             Source(t.detach(), [leaf.tensor for leaf in same], contiguous),
             first,
         )
@@ -165,12 +169,13 @@ class _Builder:
             self.sources[-1].live += [leaf.tensor for same in distinct for leaf in same]
         else:
             storage = distinct[0][0].tensor.untyped_storage()
-            start = group.start - (group.start - storage.data_ptr()) % 16
+            start = group.start - (group.start - storage.data_ptr()) % _ALIGN
             span = torch.empty(0, dtype=torch.uint8, device=storage.device)
             span.set_(storage, start - storage.data_ptr(), (group.end - start,), (1,))
             name = self._name(distinct[0][0])
             live = [leaf.tensor for same in distinct for leaf in same]
-            self._append(Spec(name, "U8", (group.end - start,), 16), Source(span, live, True), group.first)
+            size = group.end - start
+            self._append(Spec(name, "U8", (size,), math.gcd(_ALIGN, size)), Source(span, live, True), group.first)
         for same in distinct:
             t = same[0].tensor
             view = {"n": name, "d": dtypes.name(t.dtype), "s": list(t.shape), "st": list(t.stride())}
