@@ -69,6 +69,11 @@ class FifoHold:
     def release(self) -> None:
         os.write(self._fds["go"], b".")
 
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
     def _wait(self, name: str) -> bool:
         if not select.select([self._fds[name]], [], [], self._patience)[0]:
             return False
