@@ -85,7 +85,7 @@ def _renamed(key: str, rename: Rename) -> str:
 def fit(live: Any, saved: Any, path: Path, found: Mismatch) -> None:
     """Compare a live value with a saved one, and note what differs in `found`. Changes nothing."""
     if isinstance(live, torch.nn.Module):
-        _fit_keys(live.state_dict(), saved, path, found)
+        _fit_module(live, saved, path, found)
     elif isinstance(live, Optimizer):
         _fit_optimizer(live, saved, path, found)
     elif is_stateful(live):
@@ -101,6 +101,13 @@ def fit(live: Any, saved: Any, path: Path, found: Mismatch) -> None:
             return
         for i, (item, other) in enumerate(zip(live, saved, strict=True)):
             fit(item, other, (*path, i), found)
+
+
+def _fit_module(live: torch.nn.Module, saved: Any, path: Path, found: Mismatch) -> None:
+    """Extra states must be there; whether they fit is for their modules to judge."""
+    state = live.state_dict()
+    extra = [key for key in state if key.rpartition(".")[2] == "_extra_state"]
+    _fit_keys(state | dict.fromkeys(extra), saved, path, found)
 
 
 def _fit_keys(live: Mapping[Any, Any], saved: Any, path: Path, found: Mismatch) -> None:

@@ -23,11 +23,15 @@ from asyncckpt.snapshot import dtypes
 
 @dataclass(slots=True)
 class Leaf:
-    """A tensor found in the state. `node` is its place in the leaf tree, completed when its place is known."""
+    """A tensor found in the state. `node` is its place in the leaf tree, completed when its place is known.
+
+    `made` says that `tensor` was made of the value at this walk, and does not follow what becomes of the value.
+    """
 
     path: Path
     tensor: torch.Tensor
     node: dict[str, Any]
+    made: bool
 
 
 class Flattener(Encoder):
@@ -55,13 +59,14 @@ class Flattener(Encoder):
 
     def tensor(self, value: torch.Tensor, path: Path) -> Node:
         node: dict[str, Any] = {TAG: "tensor"}
-        self.leaves.append(Leaf(path, _storable(value, path), node))
+        stored = _storable(value, path)
+        self.leaves.append(Leaf(path, stored, node, made=stored is not value))
         return node
 
     def _array(self, value: np.ndarray[Any, Any], path: Path) -> Node:
         node = {TAG: "ndarray", "d": self._dtype(value.dtype, path), "s": list(value.shape)}
         data = np.frombuffer(value.tobytes(), np.uint8) if value.nbytes else np.empty(0, np.uint8)
-        self.leaves.append(Leaf(path, torch.from_numpy(data.copy()), node))
+        self.leaves.append(Leaf(path, torch.from_numpy(data.copy()), node, made=True))
         return node
 
     def _module(self, value: torch.nn.Module, path: Path) -> Node:

@@ -7,12 +7,14 @@ a hand in the state dict, there is no guard, and the state is walked anew at eve
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 _Slot = tuple[dict[str, Any], str, Any]
+_ABSENT = object()
 
 
 class Guard(Protocol):
@@ -25,21 +27,25 @@ class ModuleGuard:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._slots: list[_Slot] = []
-        self._sizes: list[tuple[dict[str, Any] | set[str], int]] = []
+        self._sizes: list[tuple[Sized, int]] = []
+        self._transient: list[tuple[set[str], frozenset[str]]] = []
         for child in module.modules():
             state: list[dict[str, Any]] = [child._parameters, child._buffers, child._modules]
             for table in state:
                 self._sizes.append((table, len(table)))
                 self._slots.extend((table, name, value) for name, value in table.items())
-            self._sizes.append((child._non_persistent_buffers_set, len(child._non_persistent_buffers_set)))
+            self._sizes += [(child._state_dict_hooks, 0), (child._state_dict_pre_hooks, 0)]
+            self._transient.append((child._non_persistent_buffers_set, frozenset(child._non_persistent_buffers_set)))
 
     @staticmethod
     def fits(module: torch.nn.Module) -> bool:
         return all(_is_plain_module(child) for child in module.modules())
 
     def holds(self, module: torch.nn.Module) -> bool:
-        return all(len(table) == size for table, size in self._sizes) and all(
-            table.get(name) is value for table, name, value in self._slots
+        return (
+            all(len(table) == size for table, size in self._sizes)
+            and all(table.get(name, _ABSENT) is value for table, name, value in self._slots)
+            and all(now == known for now, known in self._transient)
         )
 
 
@@ -74,7 +80,6 @@ class OptimizerGuard:
             and not optimizer._optimizer_state_dict_post_hooks
             and all(isinstance(entry, dict) for entry in optimizer.state.values())
             and all(isinstance(v, torch.Tensor) for entry in optimizer.state.values() for v in entry.values())
-            and not any(isinstance(v, torch.Tensor) for g in optimizer.param_groups for v in g.values())
         )
 
     def holds(self, optimizer: Optimizer) -> bool:
@@ -87,6 +92,7 @@ class OptimizerGuard:
                 for group, known in zip(groups, self._params, strict=True)
             )
             and all(p in state and state[p] is entry and len(entry) == size for p, entry, size in self._entries)
-            and all(entry.get(name) is value for entry, name, value in self._slots)
-            and not any(isinstance(v, torch.Tensor) for g in groups for v in g.values())
+            and all(entry.get(name, _ABSENT) is value for entry, name, value in self._slots)
+            and not optimizer._optimizer_state_dict_pre_hooks
+            and not optimizer._optimizer_state_dict_post_hooks
         )

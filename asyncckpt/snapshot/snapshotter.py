@@ -33,6 +33,7 @@ from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.workers import DaemonPool
 
 MAX_THREADS = 8
+_Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 @dataclass
@@ -67,7 +68,7 @@ class _Part:
     frame: tuple[msgspec.Raw, list[msgspec.Raw]] | None = None
     """Of an optimizer: its `state` and each group's `params`, as JSON."""
     live: list[torch.Tensor] = field(default_factory=list)
-    shape: list[tuple[int, torch.Size, tuple[int, ...]]] = field(default_factory=list)
+    shape: list[_Place] = field(default_factory=list)
     split: _Split | None = None
     programs: weakref.WeakKeyDictionary[Arena, _Program] = field(default_factory=weakref.WeakKeyDictionary)
 
@@ -78,7 +79,7 @@ class _Part:
             and self.value is not None
             and self.value() is value
             and self.guard.holds(value)
-            and [(t.data_ptr(), t.shape, t.stride()) for t in self.live] == self.shape
+            and [_place(t) for t in self.live] == self.shape
         )
 
 
@@ -207,14 +208,16 @@ class Snapshotter:
     def _describe_part(self, name: str, value: Any) -> _Part:
         known = self._parts.get(name)
         if known is not None and known.still(value):
-            if isinstance(value, Optimizer):
-                known.tree = self._optimizer_tree(name, value, known)
-            return known
+            tree = self._optimizer_tree(name, value, known) if isinstance(value, Optimizer) else known.tree
+            if tree is not None:
+                known.tree = tree
+                return known
         flattener = Flattener()
         node = flattener.encode(value, (name,))
         part = _Part(plan_part(flattener.leaves, known.plan if known else None), b"")
         part.tree = msgspec.json.encode(node)
-        self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
+        if not any(leaf.made for leaf in flattener.leaves):
+            self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
         return part
 
     def _guard(self, name: str, value: Any, node: Any, part: _Part, live: list[torch.Tensor]) -> None:
@@ -228,11 +231,14 @@ class Snapshotter:
         else:
             return
         part.live = live
-        part.shape = [(t.data_ptr(), t.shape, t.stride()) for t in live]
+        part.shape = [_place(t) for t in live]
         part.value = weakref.ref(value, partial(_forget, weakref.ref(self), name))
 
-    def _optimizer_tree(self, name: str, optimizer: Optimizer, part: _Part) -> bytes:
-        """The tree of an optimizer whose tensors stand where they stood, with its hyperparameters as they are now."""
+    def _optimizer_tree(self, name: str, optimizer: Optimizer, part: _Part) -> bytes | None:
+        """The tree of an optimizer whose tensors stand where they stood, with its hyperparameters as they are now.
+
+        None where there are tensors among the hyperparameters: those are found by a walk only.
+        """
         assert part.frame is not None
         state, params = part.frame
         flattener = Flattener()
@@ -243,7 +249,7 @@ class Snapshotter:
             }
             for i, (group, raw) in enumerate(zip(optimizer.param_groups, params, strict=True))
         ]
-        return msgspec.json.encode({"state": state, "param_groups": groups})
+        return None if flattener.leaves else msgspec.json.encode({"state": state, "param_groups": groups})
 
     # Take
 
@@ -399,6 +405,10 @@ class Snapshotter:
         self.pool.shutdown()
         if self._helpers is not None:
             self._helpers.shutdown()
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _check_names(state: Mapping[str, Any]) -> None:
