@@ -10,9 +10,9 @@ from pathlib import Path
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.policy.keep import Keep
-from asyncckpt.testing import VERBS, FaultyPosix, Promises, RecordingPosix, ServiceDriver, examine
+from asyncckpt.testing import VERBS, FaultyPosix, Operation, Promises, RecordingPosix, ServiceDriver, examine
 from asyncckpt.testing.recording import fsynced_again
-from crash.rig import RUN, cut_everywhere
+from crash.rig import FACTOR, RUN, cut_everywhere
 from crash.scenarios import value
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EMFILE")
@@ -44,6 +44,7 @@ class Trial:
         self.faulty = FaultyPosix()
         self.posix = RecordingPosix(self.faulty)
         self.failed: CheckpointError | None = None
+        self.states = 0
         base.mkdir()
 
     def calls(self) -> list[tuple[str, int]]:
@@ -74,7 +75,7 @@ class Trial:
             return [f"{verb} {at} {error}: the next save failed: {failure!r}"]
         finally:
             driver.close()
-        broken += self._look("after the next save", samples)
+        broken += self._look("after the next save", samples, everywhere=FACTOR > 1)
         broken += [f"{path} was fsynced again after a failure" for path in fsynced_again(self.posix.log)]
         if not fired:
             broken.append("the fault never came to pass")
@@ -96,14 +97,22 @@ class Trial:
         with suppress(CheckpointError):
             driver.delete(77)
 
-    def _look(self, when: str, samples: int) -> list[str]:
+    def _look(self, when: str, samples: int, everywhere: bool = False) -> list[str]:
+        """What is broken now, and after power cuts now; or `everywhere` from the first error on."""
         log = self.posix.log
         promises = Promises.after(log, self.deed.keep)
         broken = [f"{when}: {why}" for why in promises.violations(examine(self.base / RUN))]
         if samples and not broken:
-            report = cut_everywhere(log, self.base, self.deed.keep, samples=samples, seed=1, start=len(log) - 1)
+            start = self._first_error() if everywhere else len(log) - 1
+            report = cut_everywhere(log, self.base, self.deed.keep, samples=samples, seed=1, start=start)
+            self.states += report.states
             broken = report.violations
         return broken
+
+    def _first_error(self) -> int:
+        log = self.posix.log
+        errors = (i for i, entry in enumerate(log) if isinstance(entry, Operation) and entry.error is not None)
+        return next(errors, len(log) - 1)
 
 
 def fault(verb: str, at: int, error: str, *, lasting: bool = False, posix: FaultyPosix | None = None) -> FaultyPosix:

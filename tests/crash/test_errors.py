@@ -27,7 +27,7 @@ NAMES = ("mkdir", "fsync", "fsync_dir", "rename", "link", "unlink", "rmdir")
 def test_every_error_at_every_call(figure, caplog, name, direct):
     """The short form takes the errors in turn, call by call, and the long form all of them at each."""
     caplog.set_level(logging.CRITICAL)
-    pairs, broken = 0, []
+    pairs, states, broken = 0, 0, []
     with memory_folder() as folder:
         calls = Trial(folder / "clean", DEEDS[name], direct=direct).calls()
         trials = list(planned(calls, direct))
@@ -35,10 +35,11 @@ def test_every_error_at_every_call(figure, caplog, name, direct):
         for verb, at, error, lasting in trials:
             samples = scaled(2) if error in WITH_CUTS and verb in NAMES else 0
             trial = Trial(folder / str(pairs), DEEDS[name], direct=direct)
-            broken += trial.run(verb, at, error, lasting=lasting, samples=min(samples, 20))
-            pairs += 1
+            broken += trial.run(verb, at, error, lasting=lasting, samples=min(samples, 8))
+            pairs, states = pairs + 1, states + trial.states
             progress.step()
     figure("error x call pairs", pairs)
+    figure("model states", states)
     assert not broken, f"{len(broken)} of {pairs}:\n" + "\n".join(broken[:10])
 
 
