@@ -119,11 +119,16 @@ def _seconds(value: Spread | None, copy: float | None) -> str:
     if value is None:
         return "-"
     times = f" ({value.median / copy:.2f}x)" if copy else ""
-    return f"{value.median:.3f} s [{value.low:.3f}, {value.high:.3f}]{times}"
+    return f"{value.median:.3f} s {_interval(value)}{times}"
 
 
 def _ratio(value: Spread | None) -> str:
-    return "-" if value is None else f"{value.median:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return "-" if value is None else f"{value.median:.3f} {_interval(value)}"
+
+
+def _interval(value: Spread) -> str:
+    """One sample has none."""
+    return "[one sample]" if value.count == 1 else f"[{value.low:.3f}, {value.high:.3f}]"
 
 
 def _share(limit: float | None, value: float, what: str) -> str:
