@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
@@ -41,8 +40,7 @@ class _Async(Save):
         self._staging: Future[Any] | None = None
         self._stager: DefaultStager | None = None
         if not self.alone:
-            store = dist.FileStore(tempfile.mktemp(prefix="bench-store-"), 1)
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     def save(self, step: int) -> None:
         self.drain()
