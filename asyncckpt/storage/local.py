@@ -8,6 +8,7 @@ up, and its bytes are written again under new names.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import mmap
 import os
@@ -273,13 +274,14 @@ class LocalWritable:
 
     def write_at(self, offset: int, data: memoryview) -> None:
         with _named("write", self._path):
-            whole = len(data) // BLOCK * BLOCK if self.direct else len(data)
+            direct = self.direct  # another thread may be giving it up meanwhile
+            whole = len(data) // BLOCK * BLOCK if direct else len(data)
             try:
                 _write(self._posix, self._fd, data[:whole], offset)
                 if whole < len(data):
                     self._write_tail(offset + whole, data[whole:])
             except OSError as error:
-                if not self.direct or error.errno != errno.EINVAL:
+                if not direct or error.errno != errno.EINVAL:
                     raise
                 self._give_up_direct()
                 _write(self._posix, self._fd, data, offset)
@@ -291,8 +293,6 @@ class LocalWritable:
 
     def _give_up_direct(self) -> None:
         """The file system took O_DIRECT at open and refuses it now: go on through the page cache."""
-        import fcntl
-
         with self._lock:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~O_DIRECT)
