@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from asyncckpt.errors import CheckpointError
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.plan import PartPlan, Source
@@ -61,11 +62,20 @@ def _target(arena: Arena, offset: int, source: Source) -> torch.Tensor:
 
 
 def _move(target: int, source: torch.Tensor, start: int, size: int) -> None:
-    ctypes.memmove(target, source.data_ptr() + start, size)
+    ctypes.memmove(target, _address(source) + start, size)
 
 
 def _copy_many(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    for source in sources:
+        _address(source)
     torch._foreach_copy_(targets, sources)
+
+
+def _address(source: torch.Tensor) -> int:
+    address = source.data_ptr()
+    if not address:
+        raise CheckpointError("the memory of a tensor was freed while it was being copied")
+    return address
 
 
 class CopyJob:

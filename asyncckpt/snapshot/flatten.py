@@ -112,6 +112,8 @@ def _storable(tensor: torch.Tensor, path: Path) -> torch.Tensor:
         raise refuse(f"a tensor of layout {tensor.layout}", "Save its indices and values.")
     if tensor.is_meta:
         raise refuse("a meta tensor, which has no bytes", "Materialize it first.")
+    if tensor.numel() and not tensor.data_ptr():
+        raise refuse("a tensor whose memory has been freed", "Gather it first.")
     if tensor.is_conj() or tensor.is_neg():
         return tensor.detach().resolve_conj().resolve_neg()
     return tensor

@@ -154,7 +154,7 @@ class _Builder:
         extra: dict[str, Any] = {"n": name}
         if code is None:
             extra |= {"d": dtypes.name(t.dtype), "s": list(t.shape)}
-        if not contiguous and _is_dense(t):
+        if not contiguous and is_dense(t):
             extra |= {"s": list(t.shape), "st": list(t.stride())}
         for leaf in same:
             leaf.node.update(extra)
@@ -208,10 +208,10 @@ def _aligned(tensor: torch.Tensor, start: int) -> bool:
 
 
 def _overlaps_itself(tensor: torch.Tensor) -> bool:
-    return not tensor.is_contiguous() and not _is_dense(tensor) and _overlap([tensor], None)
+    return not tensor.is_contiguous() and not is_dense(tensor) and _overlap([tensor], None)
 
 
-def _is_dense(tensor: torch.Tensor) -> bool:
+def is_dense(tensor: torch.Tensor) -> bool:
     """Whether the items fill their span without gap or overlap, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):

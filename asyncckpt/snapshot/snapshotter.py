@@ -12,6 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -138,7 +139,10 @@ class Snapshot:
         return self._sealed.wait(timeout)
 
     def _host_done(self, error: BaseException | None) -> None:
-        self._check(self._looks)
+        try:
+            self._check(self._looks)
+        except Exception as failure:
+            error = error or failure
         if self._device:
             self._owner.pool.submit(self._device_done, error)
         else:
@@ -159,8 +163,9 @@ class Snapshot:
 
     def _end(self, error: BaseException | None) -> None:
         fence.land(self)
-        if error is None and self._torn:
-            error = self._owner.tore(tuple(sorted(self._torn)))
+        if self._torn:
+            torn = self._owner.tore(tuple(sorted(self._torn)))
+            torn.__cause__, error = error, torn
         try:
             self._ended(error)
         finally:
@@ -392,7 +397,8 @@ class Snapshotter:
         )
         if not self._warned:
             self._warned = True
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            with suppress(RuntimeWarning):  # where warnings are errors: the handle's error tells, too
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
         return TornSnapshotError(message, tensors=tensors)
 
     def close(self) -> None:

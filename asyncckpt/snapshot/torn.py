@@ -15,12 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from asyncckpt.snapshot.plan import is_dense
+
+Integers = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
 _WORDS = 8192
 _seeds = itertools.count()
 _FIRST = 4096
-_MEMORY: npt.NDArray[np.uint32] = np.frombuffer(
-    memoryview((ctypes.c_uint8 * ((1 << 47) - _FIRST)).from_address(_FIRST)), np.uint32
-)
+_MEMORY: Words = np.frombuffer(memoryview((ctypes.c_uint8 * ((1 << 47) - _FIRST)).from_address(_FIRST)), np.uint32)
 """All of this process's address space from `_FIRST` on, so that words of many tensors are read by one call."""
 
 
@@ -32,36 +34,45 @@ class Watched:
         self.tensors = list(tensors)
         sizes = np.array([t.numel() * t.dtype.itemsize for t in tensors], np.int64)
         readable = np.array(
-            [t.device.type == "cpu" and t.is_contiguous() and t.data_ptr() % 4 == 0 for t in tensors], np.bool_
+            [t.device.type == "cpu" and is_dense(t) and t.data_ptr() % 4 == 0 for t in tensors], np.bool_
         )
         self._sampled = np.flatnonzero(readable & (sizes >= 4))
         words = (sizes[self._sampled] // 4)[:, None]
         count = max(1, min(16, _WORDS // max(1, len(self._sampled))))
         spread = np.random.default_rng(next(_seeds)).random((len(self._sampled), count))
-        self._offsets: npt.NDArray[np.int64] = (spread * words).astype(np.int64)
+        self._offsets: Integers = (spread * words).astype(np.int64)
 
     def look(self) -> Look:
         """What can be seen of the tensors now."""
-        pointers = [t.data_ptr() for t in self.tensors]
-        versions = [t._version for t in self.tensors]
-        starts = (np.array(pointers, np.int64)[self._sampled] - _FIRST) // 4
-        return Look(self, pointers, versions, _MEMORY.take(starts[:, None] + self._offsets))
+        pointers, versions = self.pointers(), self.versions()
+        return Look(self, pointers, versions, self._words(pointers, self._sampled, self._offsets))
+
+    def pointers(self) -> Integers:
+        return np.array([t.data_ptr() for t in self.tensors], np.int64)
+
+    def versions(self) -> Integers:
+        return np.array([t._version for t in self.tensors], np.int64)
+
+    def rewritten(self, pointers: Integers, words: Words, moved: npt.NDArray[np.bool_]) -> Integers:
+        """Which of the tensors that have not moved hold other words now. One that moved may have become smaller."""
+        rows = np.flatnonzero(~moved[self._sampled])
+        now = self._words(pointers, self._sampled[rows], self._offsets[rows])
+        found: Integers = self._sampled[rows[(now != words[rows]).any(axis=1)]]
+        return found
+
+    def _words(self, pointers: Integers, which: Integers, offsets: Integers) -> Words:
+        return _MEMORY.take((pointers[which, None] - _FIRST) // 4 + offsets)
 
 
 class Look:
-    def __init__(
-        self, watched: Watched, pointers: list[int], versions: list[int], words: npt.NDArray[np.uint32]
-    ) -> None:
+    def __init__(self, watched: Watched, pointers: Integers, versions: Integers, words: Words) -> None:
         self._watched = watched
         self._pointers, self._versions, self._words = pointers, versions, words
 
     def changed(self) -> tuple[str, ...]:
         """Names of the tensors that look otherwise now."""
-        tensors, found = self._watched.tensors, set()
-        for i, (t, pointer, version) in enumerate(zip(tensors, self._pointers, self._versions, strict=True)):
-            if t.data_ptr() != pointer or t._version != version:
-                found.add(i)
-        if not found:
-            now = self._watched.look()
-            found.update(self._watched._sampled[(now._words != self._words).any(axis=1)].tolist())
-        return tuple(self._watched.names[i] for i in sorted(found))
+        watched = self._watched
+        moved = watched.pointers() != self._pointers
+        changed = moved | (watched.versions() != self._versions)
+        changed[watched.rewritten(self._pointers, self._words, moved)] = True
+        return tuple(watched.names[i] for i in np.flatnonzero(changed))
