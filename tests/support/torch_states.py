@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def frozen(value: Any) -> Any:
         return type(value)((key, frozen(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return type(value)(frozen(item) for item in value)
-    return value
+    return copy.deepcopy(value)
 
 
 @contextmanager
