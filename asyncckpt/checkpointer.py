@@ -18,11 +18,12 @@ from typing import Any, Literal, Self
 from asyncckpt import arguments, progress
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
 from asyncckpt.handle import SaveHandle
+from asyncckpt.link import Options
 from asyncckpt.policy.cadence import Every
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
 from asyncckpt.run import Directory, Filling, Run
-from asyncckpt.session import Options, Session, WhenFull
+from asyncckpt.session import Session, WhenFull
 from asyncckpt.snapshot import fence
 from asyncckpt.snapshot.apply import Rename
 from asyncckpt.snapshot.meter import StepMeter
@@ -98,9 +99,7 @@ class Checkpointer:
         self._pid = os.getpid()
         self._closed = False
         process = writer == "process" and hasattr(os, "memfd_create")
-        options = Options(
-            self._run.storage.root, keep, max_in_flight, memory_limit, lock_timeout, process=process, posix=_posix
-        )
+        options = Options(self._run.storage.root, keep, lock_timeout, process=process, posix=_posix)
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
         self._meter = StepMeter(self._trial)
@@ -110,7 +109,9 @@ class Checkpointer:
         self._passed_over: set[int] = set()
         self._warned: set[BaseException] = set()
         try:
-            self._session = Session(options, self._snapshotter, self._save_ended)
+            self._session = Session(
+                options, self._snapshotter, self._save_ended, max_in_flight=max_in_flight, memory_limit=memory_limit
+            )
         except BaseException:
             self._snapshotter.close()
             raise

@@ -1,4 +1,4 @@
-"""The trainer's side of one run: its writer, its arenas, and the saves in flight.
+"""The trainer's side of one run: its arenas, and the saves in flight.
 
 A save takes a place in the bounded queue and an arena (`admit`), its snapshot is announced to the writer while it
 is still being copied (`launch`), and both are free again when the copy is over *and* the writer is done with it.
@@ -17,35 +17,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from asyncckpt.errors import CheckpointError, QueueFullError, StorageError
+from asyncckpt.errors import CheckpointError, QueueFullError
 from asyncckpt.handle import SaveHandle, Timeline
-from asyncckpt.policy.keep import Keep
+from asyncckpt.link import Link, OfSave, Options
 from asyncckpt.snapshot.arena import Arena, ArenaPool
 from asyncckpt.snapshot.snapshotter import Description, Snapshot, Snapshotter
 from asyncckpt.stats import Tally
-from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
-from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
+from asyncckpt.write.client import Writer
 
 log = logging.getLogger("asyncckpt")
 WhenFull = Literal["wait", "skip", "replace", "raise"]
 _SLOW = 30.0
-_GOODBYE = 60.0
-"""Seconds that `close` waits for the end of a writer that has nothing left to do."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a session is told once."""
-
-    root: str
-    keep: Keep | None
-    max_in_flight: int
-    memory_limit: int | None
-    lock_timeout: float
-    process: bool
-    direct: bool = True
-    posix: Posix | None = None
+"""Seconds after which a save that waits for a place says so."""
 
 
 @dataclass(eq=False)
@@ -75,22 +59,29 @@ class Session:
         StorageError: the directory can't be used, or the writer can't be started.
     """
 
-    def __init__(self, options: Options, snapshotter: Snapshotter, ended: Callable[[SaveHandle], None]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        snapshotter: Snapshotter,
+        ended: Callable[[SaveHandle], None],
+        *,
+        max_in_flight: int,
+        memory_limit: int | None,
+    ) -> None:
         self.options = options
+        self._max_in_flight = max_in_flight
         self.tally = Tally()
         self._snapshotter = snapshotter
         self._on_end = ended
         self._changed = threading.Condition()
-        self._pool = ArenaPool(options.max_in_flight, options.memory_limit, shared=options.process)
+        self._pool = ArenaPool(max_in_flight, memory_limit, shared=options.process)
         self._flights: dict[int, Flight] = {}
         self._numbers = itertools.count(1)
-        self._writer: Writer | None = None
-        self._opened: m.Opened | m.Refused | None = None
         self._shared: set[int] = set()
-        self._answers: dict[int, m.Done | None] = {}
         self._failed: list[SaveHandle] = []
         self._waiters = 0
-        self._ensure_writer()
+        self._link = Link(options, self._changed, self._hear, self._writer_ended)
+        self._link.ensure()
 
     # The queue
 
@@ -103,9 +94,9 @@ class Session:
         """
         warned = False
         while True:
-            self._ensure_writer()
+            self._link.ensure()
             with self._changed:
-                full = len(self._flights) >= self.options.max_in_flight
+                full = len(self._flights) >= self._max_in_flight
                 arena = None if full else self._pool.lease(size)
                 if arena is not None:
                     return arena
@@ -130,9 +121,9 @@ class Session:
     def _ask_to_yield(self) -> None:
         """Take back the newest save that the writer has not begun, if it agrees that there is one."""
         waiting = [f for f in self._flights.values() if not f.asked_to_yield and not f.released]
-        if len(waiting) > 1 and self._writer is not None:
+        if len(waiting) > 1:
             waiting[-1].asked_to_yield = True
-            self._writer.send(m.Drop(waiting[-1].number, queued_only=True))
+            self._link.send(m.Drop(waiting[-1].number, queued_only=True))
 
     def skipped(self, handle: SaveHandle) -> None:
         handle.finish("skipped")
@@ -154,9 +145,9 @@ class Session:
         size = sum(size for _, _, size in what.spans)
         flight = Flight(next(self._numbers), handle, arena, size, called)
         while True:
-            writer = self._ensure_writer()
+            writer = self._link.ensure()
             with self._changed:
-                if writer is self._writer:
+                if writer is self._link.writer:
                     self._flights[flight.number] = flight
                     break
         if arena.id not in self._shared:
@@ -178,8 +169,7 @@ class Session:
 
     def _forget(self, arena: int) -> None:
         self._shared.discard(arena)
-        if self._writer is not None:
-            self._writer.send(m.Forget(arena))
+        self._link.send(m.Forget(arena))
 
     def _copied(self, flight: Flight, writer: Writer, seal: m.Seal, error: BaseException | None) -> None:
         flight.copy_end = time.time()
@@ -201,79 +191,16 @@ class Session:
             self._pool.give_back(flight.arena)
             self._changed.notify_all()
 
-    # The writer
+    # What the writer says
 
-    def _ensure_writer(self) -> Writer:
-        """The writer that runs, or a new one that has come to own the run."""
+    def _hear(self, reply: OfSave) -> None:
         with self._changed:
-            if self._writer is not None:
-                return self._writer
-            self._opened = None
-        options = self.options
-        kind = ProcessWriter if options.process else partial(ThreadWriter, posix=options.posix)
-        born = threading.Event()
-        made: list[Writer] = []
-
-        def death(reason: str) -> None:
-            born.wait()
-            self._on_death(made[0] if made else None, reason)
-
-        try:
-            writer = kind(self._on_reply, death)
-            made.append(writer)
-        finally:
-            born.set()
-        keep = options.keep
-        writer.send(
-            m.Open(
-                options.root,
-                options.lock_timeout,
-                keep.last if keep else None,
-                keep.every if keep else None,
-                options.direct,
-            )
-        )
-        opened = self._await_opening(writer)
-        if isinstance(opened, m.Refused):
-            raise opened.fault.error()
-        with self._changed:
-            self._writer = writer
-            self._shared.clear()
-        return writer
-
-    def _await_opening(self, writer: Writer) -> m.Opened | m.Refused:
-        with self._changed:
-            while self._opened is None:
-                if not self._changed.wait(timeout=1.0) and writer.join(0) and self._opened is None:
-                    raise StorageError("the writer ended before it owned the run; its stderr says why")
-            return self._opened
-
-    @property
-    def writer_pid(self) -> int | None:
-        writer = self._writer
-        return None if writer is None else writer.pid
-
-    def _on_reply(self, reply: m.Reply) -> None:
-        match reply:
-            case m.Opened() | m.Refused():
-                with self._changed:
-                    self._opened = reply
-                    self._changed.notify_all()
-            case m.Progress():
-                with self._changed:
-                    if (flight := self._flights.get(reply.save)) is not None:
-                        flight.written = reply.written
-                        self._changed.notify_all()
-            case m.Done():
-                with self._changed:
-                    if reply.call in self._answers:
-                        self._answers[reply.call] = reply
-                        self._changed.notify_all()
-            case m.Committed() | m.Failed() | m.Dropped():
-                with self._changed:
-                    flight = self._flights.get(reply.save)
-                if flight is not None:
-                    self._settle(flight, reply)
+            flight = self._flights.get(reply.save)
+            if flight is not None and isinstance(reply, m.Progress):
+                flight.written = reply.written
+                self._changed.notify_all()
+        if flight is not None and not isinstance(reply, m.Progress):
+            self._settle(flight, reply)
 
     def _settle(self, flight: Flight, reply: m.Committed | m.Failed | m.Dropped) -> None:
         """The writer is done with a save: its outcome is known, and the writer lets go of the arena."""
@@ -299,15 +226,10 @@ class Session:
             self._changed.notify_all()
         self._on_end(handle)
 
-    def _on_death(self, writer: Writer | None, reason: str) -> None:
+    def _writer_ended(self, reason: str) -> None:
         with self._changed:
-            if writer is self._writer:
-                self._writer = None
+            self._shared.clear()
             flights = [f for f in self._flights.values() if not f.released]
-            for call, answer in self._answers.items():
-                if answer is None:
-                    self._answers[call] = m.Done(call, m.Fault("StorageError", f"the writer {reason}"))
-            self._changed.notify_all()
         for flight in flights:
             message = (
                 f"the writer {reason} before step {flight.handle.step} was reported committed. "
@@ -315,29 +237,20 @@ class Session:
             )
             self._settle(flight, m.Failed(flight.number, m.Fault("StorageError", message, {"retryable": True})))
 
+    @property
+    def writer_pid(self) -> int | None:
+        writer = self._link.writer
+        return None if writer is None else writer.pid
+
     def trust(self, step: int) -> None:
         """Tell the writer that all bytes of `step` have just been verified."""
-        if self._writer is not None:
-            self._writer.send(m.Trust(step))
+        self._link.send(m.Trust(step))
 
     def delete(self, step: int) -> None:
-        self._call(partial(m.Delete, step=step))
+        self._link.call(partial(m.Delete, step=step))
 
     def rewind(self, step: int) -> None:
-        self._call(partial(m.RewindTo, step=step))
-
-    def _call(self, make: Callable[[int], m.Delete | m.RewindTo]) -> None:
-        writer, call = self._ensure_writer(), next(self._numbers)
-        with self._changed:
-            self._answers[call] = None
-            writer.send(make(call))
-            while (answer := self._answers[call]) is None:
-                if not self._changed.wait(timeout=1.0) and writer.join(0) and self._answers[call] is None:
-                    answer = m.Done(call, m.Fault("StorageError", "the writer ended"))
-                    break
-            del self._answers[call]
-        if answer.fault is not None:
-            raise answer.fault.error()
+        self._link.call(partial(m.RewindTo, step=step))
 
     # Waiting
 
@@ -354,8 +267,8 @@ class Session:
         with self._changed:
             before, self._waiters = self._waiters > 0, self._waiters + change
             now = self._waiters > 0
-            if now != before and self._writer is not None:
-                self._writer.send(m.Hurry(now))
+            if now != before:
+                self._link.send(m.Hurry(now))
 
     def join_copies(self) -> None:
         """Return when no copy under way can be reached by a change any more."""
@@ -400,7 +313,7 @@ class Session:
         """Take what arenas of `size` bytes there may be and are not, and touch their pages in the background."""
         with self._changed:
             leased: list[Arena] = []
-            for _ in range(self.options.max_in_flight - self._pool.leased):
+            for _ in range(self._max_in_flight - self._pool.leased):
                 try:
                     arena = self._pool.lease(size)
                 except CheckpointError:
@@ -429,9 +342,6 @@ class Session:
 
     def close(self) -> None:
         """End the writer. What is in flight it finishes; wait for that with `drain` first."""
-        writer = self._writer
-        if writer is not None:
-            writer.send(m.Close())
-            writer.join(_GOODBYE)
+        self._link.close()
         with self._changed:
             self._pool.close()

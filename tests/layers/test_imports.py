@@ -17,7 +17,7 @@ LAYERS = [
     "signals", "checkpointer", "integrations", "testing", "cli",
 ]  # fmt: skip
 """What stands later may import what stands earlier, never the other way."""
-FACE = {"checkpointer", "run", "session", "handle", "progress", "arguments", "stats"}
+FACE = {"checkpointer", "run", "session", "link", "handle", "progress", "arguments", "stats"}
 """The modules at the top that make up the public surface; one layer."""
 TORCH_SIDE = {"snapshot", "dist", "integrations", "checkpointer", "run", "session"}
 NEVER = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

@@ -1,0 +1,167 @@
+"""The trainer's link to its writer: starts one where none runs, asks it, hears its replies and notices its death."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from asyncckpt.errors import StorageError
+from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.posix import Posix
+from asyncckpt.write import messages as m
+from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
+
+_GOODBYE = 60.0
+"""Seconds that `close` waits for the end of a writer that has nothing left to do."""
+
+OfSave = m.Progress | m.Committed | m.Failed | m.Dropped
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a writer is told once."""
+
+    root: str
+    keep: Keep | None
+    lock_timeout: float
+    process: bool
+    direct: bool = True
+    posix: Posix | None = None
+
+
+class Link:
+    """At most one writer at a time. `changed` guards the tables and is notified of what happens.
+
+    `on_reply` gets what a writer says of saves, `on_death` the reason when one that had been opened has ended; both are
+    called from a thread of the writer's.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        changed: threading.Condition,
+        on_reply: Callable[[OfSave], None],
+        on_death: Callable[[str], None],
+    ) -> None:
+        self._options, self._changed = options, changed
+        self._on_reply, self._on_death = on_reply, on_death
+        self._writer: Writer | None = None
+        self._calls = itertools.count(1)
+        self._answers: dict[int, m.Done | None] = {}
+
+    @property
+    def writer(self) -> Writer | None:
+        """The writer that runs, if one does."""
+        return self._writer
+
+    def ensure(self) -> Writer:
+        """The writer that runs, or a new one that has come to own the run.
+
+        Raises:
+            ConflictError: another writer owns the run, still after `lock_timeout` seconds.
+            StorageError: the directory can't be used, or the writer can't be started.
+        """
+        with self._changed:
+            if self._writer is not None:
+                return self._writer
+        start = _Start(self._changed)
+        kind = ProcessWriter if self._options.process else partial(ThreadWriter, posix=self._options.posix)
+        writer = kind(partial(self._hear, start), partial(self._end, start))
+        options, keep = self._options, self._options.keep
+        writer.send(
+            m.Open(
+                options.root,
+                options.lock_timeout,
+                keep.last if keep else None,
+                keep.every if keep else None,
+                options.direct,
+            )
+        )
+        start.wait()
+        with self._changed:
+            if start.ended is not None:
+                raise StorageError(f"the writer {start.ended} as soon as it owned the run", retryable=True)
+            self._writer = start.writer = writer
+        return writer
+
+    def send(self, message: m.Request) -> None:
+        """Tell the writer that runs; where none does there is nobody to tell."""
+        writer = self._writer
+        if writer is not None:
+            writer.send(message)
+
+    def call(self, make: Callable[[int], m.Delete | m.RewindTo]) -> None:
+        """Send `make(number)` and wait for the answer.
+
+        Raises:
+            CheckpointError: what the writer answered.
+        """
+        writer, call = self.ensure(), next(self._calls)
+        with self._changed:
+            self._answers[call] = None
+            writer.send(make(call))
+            while (answer := self._answers[call]) is None:
+                if writer is not self._writer:
+                    answer = m.Done(call, m.Fault("StorageError", "the writer ended before it answered"))
+                    break
+                self._changed.wait()
+            del self._answers[call]
+        if answer.fault is not None:
+            raise answer.fault.error()
+
+    def close(self) -> None:
+        """End the writer, which finishes what it has begun."""
+        writer = self._writer
+        if writer is not None:
+            writer.send(m.Close())
+            writer.join(_GOODBYE)
+
+    def _hear(self, start: _Start, reply: m.Reply) -> None:
+        match reply:
+            case m.Opened() | m.Refused():
+                start.answer(reply)
+            case m.Done():
+                with self._changed:
+                    if reply.call in self._answers:
+                        self._answers[reply.call] = reply
+                        self._changed.notify_all()
+            case m.Progress() | m.Committed() | m.Failed() | m.Dropped():
+                self._on_reply(reply)
+
+    def _end(self, start: _Start, reason: str) -> None:
+        with self._changed:  # throughout: no save may be given to the next writer before those of this one have failed
+            start.ended = reason
+            if start.writer is not None and start.writer is self._writer:
+                self._writer = None
+                self._on_death(reason)
+            self._changed.notify_all()
+
+
+class _Start:
+    """A writer on its way to owning the run."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self._answer: m.Opened | m.Refused | None = None
+        self.ended: str | None = None
+        self.writer: Writer | None = None
+        """Set when it has become the writer of the link."""
+
+    def answer(self, reply: m.Opened | m.Refused) -> None:
+        with self._changed:
+            self._answer = reply
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Return when the writer owns the run."""
+        with self._changed:
+            while self._answer is None and self.ended is None:
+                self._changed.wait()
+            answer = self._answer
+        if answer is None:
+            raise StorageError(f"the writer {self.ended} before it owned the run; its stderr says why")
+        if isinstance(answer, m.Refused):
+            raise answer.fault.error()
