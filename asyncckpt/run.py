@@ -166,7 +166,7 @@ class Filling:
 
     def __init__(self, loaded: Loaded, state: Mapping[str, Any], strict: bool, rename: Rename | None) -> None:
         self._state, self._strict = state, strict
-        self._saved = {name: rename_keys(value, rename) for name, value in loaded.parts.items()}
+        self._saved = {name: rename_keys(state[name], value, rename) for name, value in loaded.parts.items()}
         found = Mismatch()
         for name, value in self._saved.items():
             fit(state[name], value, (name,), found)

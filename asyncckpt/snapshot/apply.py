@@ -8,6 +8,7 @@ those in dicts and lists.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -58,13 +59,24 @@ class Mismatch:
         )
 
 
-def rename_keys(saved: Any, rename: Rename | None) -> Any:
-    """`saved` with its top-level text keys renamed: by a function, or by a mapping of prefixes, each tried in turn."""
-    if rename is None or not isinstance(saved, dict):
+def rename_keys(live: Any, saved: Any, rename: Rename | None) -> Any:
+    """`saved` with its top-level text keys renamed: by a function, or by a mapping of prefixes, each tried in turn.
+
+    What optimizers, schedulers and the like save has no names of layers, and stays as it is.
+
+    Raises:
+        StateMismatchError: two keys would have one name.
+    """
+    has_names = isinstance(live, torch.nn.Module) or not is_stateful(live)
+    if rename is None or not isinstance(saved, dict) or not has_names:
         return saved
     renamed: Any = type(saved)(
         (_renamed(key, rename) if isinstance(key, str) else key, item) for key, item in saved.items()
     )
+    if len(renamed) < len(saved):
+        names = Counter(_renamed(key, rename) for key in saved if isinstance(key, str))
+        twice = [name for name, count in names.items() if count > 1]
+        raise StateMismatchError(f"rename= gives several keys of the checkpoint one name: {', '.join(twice)}")
     if hasattr(saved, "_metadata"):
         renamed._metadata = type(saved._metadata)(
             (_renamed(key + ".", rename).removesuffix(".") if key else key, item)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from asyncckpt.format.image import Entry
-from asyncckpt.format.tree import TAG, Decoder, Node, numpy_dtype
+from asyncckpt.format.tree import TAG, Decoder, numpy_dtype
 from asyncckpt.read.reader import CheckpointReader, PartImage
 from asyncckpt.snapshot import dtypes
 
@@ -27,26 +28,59 @@ def rebuild_part(reader: CheckpointReader, part: str) -> Any:
     return Rebuilder(reader.image(part)).decode(reader.tree(part))
 
 
-def rebuild_tensors(reader: CheckpointReader, part: str, keys: list[str]) -> dict[str, torch.Tensor]:
-    """Single tensors of `part`, by their names in the image; only the chunks that hold them are read."""
-    image = reader.image(part, keys)
-    rebuilder = Rebuilder(image)
-    nodes = {node["n"]: node for node in _tensor_nodes(reader.tree(part)) if "o" not in node}
-    return {key: rebuilder.decode(nodes.get(key, {TAG: "tensor", "n": key})) for key in keys}
+def rebuild_tensors(reader: CheckpointReader, part: str, keys: list[str]) -> dict[str, Any]:
+    """Single tensors of `part`, by their paths joined by dots; only the chunks that hold them are read.
+
+    Raises:
+        CheckpointNotFoundError: no such part or tensor.
+        CorruptCheckpointError: some byte is not what was committed.
+    """
+    known = _named_nodes(Outline().decode(reader.tree(part)))
+    nodes = {key: known.get(key, {TAG: "tensor", "n": key}) for key in keys}
+    rebuilder = Rebuilder(reader.image(part, dict.fromkeys(node["n"] for node in nodes.values())))
+    return {key: rebuilder.decode(node) for key, node in nodes.items()}
 
 
-def _tensor_nodes(node: Node) -> list[dict[str, Any]]:
-    found, left = [], [node]
-    while left:
-        item = left.pop()
-        if isinstance(item, list):
-            left.extend(item)
-        elif isinstance(item, dict):
-            if item.get(TAG) == "tensor":
-                found.append(item)
-            else:
-                left.extend(item.values())
-    return found
+@dataclass(frozen=True)
+class _Stored:
+    """Stands for a tensor or an array whose bytes are in the image."""
+
+    node: dict[str, Any] = field(hash=False)
+
+
+class Outline(Decoder):
+    """Nodes to values without the image."""
+
+    def other(self, tag: str, node: dict[str, Any]) -> Any:
+        if tag in ("tensor", "ndarray"):
+            return _Stored(node | {"n": str(node["n"])})
+        if tag == "module":
+            return {name: self._value(item, 1) for name, item in node["v"].items()}
+        return None
+
+    def _enum(self, node: dict[str, Any], depth: int) -> Any:
+        return None
+
+
+def _named_nodes(outline: Any) -> dict[str, dict[str, Any]]:
+    """The nodes of tensors by name. What an entry of the image is called goes before a path that reads the same."""
+    named: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+
+    def walk(value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, _Stored):
+            named.setdefault(".".join(path), value.node)
+            if "o" not in value.node:
+                entries.setdefault(value.node["n"], value.node)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, (*path, str(key)))
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(item, (*path, str(i)))
+
+    walk(outline, ())
+    return named | entries
 
 
 class Rebuilder(Decoder):
