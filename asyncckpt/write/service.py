@@ -148,7 +148,8 @@ class Service:
                 return
             self._storage = storage
             self._reply(m.Opened(os.getpid()))
-            await self._guarded("clearing leftovers", self._workers.run(self._custody.sweep))
+            async with self._custody_of() as custody:  # commands may come already
+                await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
             while (save := await self._queue.get()) is not None:
                 if not save.dropped:
                     save.started = True
