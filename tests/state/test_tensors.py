@@ -168,7 +168,10 @@ def relations(tensors):
 
 def test_exact_aliases_are_stored_once_and_tied_again(tmp_path):
     w = torch.randn(1000)
+    turned = torch.randn(3, 4).t()
     state = {"a": w, "b": w, "c": w.view(1000), "d": torch.nn.Parameter(w), "other": w.clone()}
+    state |= {"turned": turned, "turned again": turned, "complex": turned * 1j}
+    state["complex again"] = state["complex"]
     loaded = round_trip(tmp_path, state)
     assert difference(state, loaded) is None
     assert relations(loaded) == relations(state)
