@@ -139,14 +139,13 @@ def worker_error_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def death_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_death(self: Session, writer: Any, reason: str) -> None:
+    def writer_ended(self: Session, reason: str) -> None:
         with self._changed:
-            self._writer = None
-            self._changed.notify_all()
-        for flight in [f for f in self._flights.values() if not f.released]:
+            flights = [f for f in self._flights.values() if not f.released]
+        for flight in flights:
             self._settle(flight, m.Committed(flight.number, flight.size, 0.0, 0.0, 0.0, False))
 
-    monkeypatch.setattr(Session, "_on_death", on_death)
+    monkeypatch.setattr(Session, "_writer_ended", writer_ended)
 
 
 def leased_arena_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
