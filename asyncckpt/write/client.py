@@ -23,8 +23,8 @@ from asyncckpt.write import messages as m
 from asyncckpt.write.service import Service
 from asyncckpt.write.workers import Workers
 
-THREADS = 2
-"""Worker threads of the service: while one waits for the disk, the other hashes."""
+THREADS = 4
+"""Worker threads of the service: while some wait for the disk, another hashes. With two, a disk idles as they hash."""
 
 OnReply = Callable[[m.Reply], None]
 OnDeath = Callable[[str], None]
