@@ -245,8 +245,8 @@ class Checkpointer:
         Args:
             parts: restore only these parts.
             strict: False leaves out keys and parts that only one side has.
-            rename: new names for the top-level keys of each part: a function, or a mapping of prefixes, such as
-                {"_orig_mod.": "", "module.": ""}.
+            rename: new names for the top-level keys of modules and plain dicts: a function, or a mapping of prefixes,
+                such as {"_orig_mod.": "", "module.": ""}. Other stateful objects keep their keys.
             rewind: later checkpoints are durably taken out of what `restore` may choose, so that a resume never
                 returns to the branch that is left here.
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+import errno
+
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import MAX_MANIFEST, Manifest, Rewinds, decode_manifest, decode_rewinds
 from asyncckpt.storage.base import Storage
+
+OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR, errno.EAGAIN}
+"""Errors that speak of the process that reads, not of what it reads."""
 
 
 class Catalog:
@@ -60,12 +65,20 @@ class Catalog:
         """Committed steps that were not rewound, newest first. One with a damaged manifest is among them."""
         rewinds = self.rewinds()
         steps = self.committed()[::-1]
-        return [s for s in steps if not self._is_rewound(s, rewinds)] if rewinds.rewinds else steps
+        return [s for s in steps if not self._is_rewound(s, rewinds)]
+
+    def is_rewound(self, step: int) -> bool:
+        """Whether `step` lies on a branch that was left; False where its manifest can't tell."""
+        return self._is_rewound(step, self.rewinds())
 
     def _is_rewound(self, step: int, rewinds: Rewinds) -> bool:
         try:
-            return rewinds.covers(self.manifest(step))
+            return bool(rewinds.rewinds) and rewinds.covers(self.manifest(step))
         except CorruptCheckpointError:
+            return False
+        except StorageError as error:
+            if error.errno in OURS:
+                raise
             return False
         except CheckpointNotFoundError:
             return True

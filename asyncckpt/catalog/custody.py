@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
 from asyncckpt.policy.keep import Keep
@@ -36,7 +36,7 @@ class Custody:
         for step in self.catalog.committed():
             try:
                 highest = max(highest, self.catalog.manifest(step).sequence)
-            except (CorruptCheckpointError, CheckpointNotFoundError):
+            except (CorruptCheckpointError, CheckpointNotFoundError, StorageError):
                 continue
         return highest
 

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
-from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.catalog import OURS, Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 
 log = logging.getLogger("asyncckpt")
@@ -21,6 +21,7 @@ def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[i
 
     Raises:
         CorruptCheckpointError: there are checkpoints, and every one is damaged. It never starts silently anew.
+        StorageError: this process may not read, or has no room to: that says nothing of the checkpoint.
     """
     damaged: dict[int, str] = {}
     tried: set[int] = set()
@@ -32,6 +33,8 @@ def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[i
         try:
             result = read(step)
         except (CorruptCheckpointError, StorageError) as error:
+            if isinstance(error, StorageError) and error.errno in OURS:
+                raise
             if catalog.exists(step):
                 damaged[step] = str(error)
             continue
@@ -39,6 +42,8 @@ def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[i
             if catalog.exists(step):
                 raise
             continue  # retired by its owner while we were reading
+        if catalog.is_rewound(step):  # its manifest could not be read before
+            continue
         if damaged:
             warnings.warn(f"{catalog.storage.url}: step {step} is used; passed over {_list(damaged)}", stacklevel=4)
         return result, damaged

@@ -7,6 +7,7 @@ those in dicts and lists.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence
@@ -21,6 +22,7 @@ from asyncckpt.errors import StateMismatchError
 from asyncckpt.format.tree import Path, show
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.flatten import is_stateful
+from asyncckpt.snapshot.rng import RngState, unfit
 
 Rename = Callable[[str], str] | Mapping[str, str]
 
@@ -100,11 +102,16 @@ def fit(live: Any, saved: Any, path: Path, found: Mismatch) -> None:
         _fit_module(live, saved, path, found)
     elif isinstance(live, Optimizer):
         _fit_optimizer(live, saved, path, found)
+    elif isinstance(live, RngState):
+        if (why := unfit(saved)) is not None:
+            found.misshaped.append(f"{show(path)} ({why})")
     elif is_stateful(live):
         pass  # its own load_state_dict judges
     elif isinstance(live, torch.Tensor | np.ndarray):
         if not isinstance(saved, torch.Tensor | np.ndarray) or tuple(live.shape) != tuple(saved.shape):
             found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, {_form(live)} here)")
+        elif not _converts(live, saved):
+            found.misshaped.append(f"{show(path)} ({saved.dtype} in the checkpoint, {live.dtype} here)")
     elif isinstance(live, Mapping):
         _fit_keys(live, saved, path, found)
     elif isinstance(live, list | tuple) and _holds_state(live):
@@ -120,6 +127,15 @@ def _fit_module(live: torch.nn.Module, saved: Any, path: Path, found: Mismatch) 
     state = live.state_dict()
     extra = [key for key in state if key.rpartition(".")[2] == "_extra_state"]
     _fit_keys(state | dict.fromkeys(extra), saved, path, found)
+    if not isinstance(saved, Mapping):
+        return
+    found.misshaped += [f"{show((*path, key))} (not a tensor)" for key, item in state.items()
+                        if isinstance(item, torch.Tensor) and isinstance(saved.get(key), np.ndarray)]  # fmt: skip
+    if not all(isinstance(key, str) for key in saved):
+        found.misshaped.append(f"{show(path)} (keys that are not text in the checkpoint)")
+    for key, about in getattr(saved, "_metadata", {}).items():
+        if not isinstance(about, dict) or not isinstance(about.get("version"), int | None):
+            found.misshaped.append(f"{show(path)} (metadata of {key!r} that no module writes)")
 
 
 def _fit_keys(live: Mapping[Any, Any], saved: Any, path: Path, found: Mismatch) -> None:
@@ -136,12 +152,45 @@ def _fit_keys(live: Mapping[Any, Any], saved: Any, path: Path, found: Mismatch) 
 
 def _fit_optimizer(live: Optimizer, saved: Any, path: Path, found: Mismatch) -> None:
     groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if not isinstance(groups, list):
+    if not isinstance(groups, list) or not _is_optimizer_state(saved.get("state"), groups):
         found.misshaped.append(f"{show(path)} ({_form(saved)} in the checkpoint, an optimizer here)")
         return
     ours, theirs = ([len(g["params"]) for g in side] for side in (live.param_groups, groups))
     if ours != theirs:
         found.misshaped.append(f"{show(path)} (groups of {theirs} parameters in the checkpoint, of {ours} here)")
+
+
+def _is_optimizer_state(state: Any, groups: list[Any]) -> bool:
+    """Whether these have the form of `Optimizer.state_dict()`, which its loading takes for granted."""
+    return (
+        isinstance(state, dict)
+        and all(isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups)
+        and all(isinstance(index, int | str) for g in groups for index in g["params"])
+        and all(isinstance(state.get(index, {}), dict) for g in groups for index in g["params"])
+    )
+
+
+def _converts(live: torch.Tensor | np.ndarray[Any, Any], saved: torch.Tensor | np.ndarray[Any, Any]) -> bool:
+    """Whether what was saved can be written over `live`, or, for an array, take its place."""
+    try:
+        if isinstance(live, np.ndarray):
+            np.asarray(saved)
+            return True
+        return _copies(torch.as_tensor(saved).dtype, live.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+@functools.cache
+def _copies(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether torch has a kernel for this conversion; bytes of the same dtype are always copied."""
+    if source is target:
+        return True
+    try:
+        torch.empty(1, dtype=target).copy_(torch.empty(1, dtype=source))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _holds_state(value: Any) -> bool:

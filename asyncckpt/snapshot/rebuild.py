@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from asyncckpt.format.image import Entry
+from asyncckpt.format.image import MAX_DIMENSIONS, Entry
 from asyncckpt.format.tree import TAG, Decoder, numpy_dtype
 from asyncckpt.read.reader import CheckpointReader, PartImage
 from asyncckpt.snapshot import dtypes
 
 _ALIGN = 64
 """What torch's own allocations give; some matrix kernels round differently on other addresses."""
+
+_MAX_ITEMS = 1 << 58
+"""Items of the largest tensor whose size in bytes (of 16 an item) still fits 63 bits."""
 
 
 def rebuild_part(reader: CheckpointReader, part: str) -> Any:
@@ -89,13 +93,12 @@ class Rebuilder(Decoder):
     def __init__(self, image: PartImage) -> None:
         self._image = image
         self._plain: dict[str, torch.Tensor] = {}
-        self._made: dict[str, torch.Tensor] = {}
+        self._made: dict[str, Any] = {}
+        self._copied: set[str] = set()
 
     def other(self, tag: str, node: dict[str, Any]) -> Any:
-        if tag == "tensor":
-            return self._tensor(node)
-        if tag == "ndarray":
-            return self._array(node)
+        if tag in ("tensor", "ndarray"):
+            return self._once(node, self._tensor if tag == "tensor" else self._array)
         if tag == "module":
             state = OrderedDict((name, self._value(item, 1)) for name, item in node["v"].items())
             if node["m"] is not None:
@@ -104,33 +107,41 @@ class Rebuilder(Decoder):
         if tag == "dtype":
             return dtypes.BY_NAME[node["v"]]
         if tag == "device":
-            return torch.device(node["v"])
+            return _device(node["v"])
         if tag == "size":
-            return torch.Size(node["v"])
+            return torch.Size(_shape(node["v"]))
         return super().other(tag, node)
 
-    def _tensor(self, node: dict[str, Any]) -> torch.Tensor:
+    def _once(self, node: dict[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any:
         key = repr(sorted(node.items()))
         made = self._made.get(key)
         if made is None:
-            made = self._made[key] = self._make(node)
+            made = self._made[key] = make(node)
         return made
 
-    def _make(self, node: dict[str, Any]) -> torch.Tensor:
+    def _copying(self, entry: Entry) -> None:
+        """Hold memory to the size of the image: a save makes each entry of one tensor or array, never of several."""
+        _check(entry.name not in self._copied, "two tensors or arrays that are copies of one entry")
+        self._copied.add(entry.name)
+
+    def _tensor(self, node: dict[str, Any]) -> torch.Tensor:
         entry = self._entry(node["n"])
         stored = self._stored(entry)
-        dtype = dtypes.BY_NAME[node["d"]] if "d" in node else stored.dtype
-        shape, strides = node.get("s", list(entry.shape)), node.get("st")
+        dtype = _dtype(node["d"]) if "d" in node else stored.dtype
+        shape = _shape(node.get("s", list(entry.shape)))
+        strides = _sizes(node["st"]) if "st" in node else None
         if "o" in node:
-            return self._view(stored, dtype, shape, node["st"], node["o"])
+            _check(strides is not None, "a view without strides")
+            return self._view(stored, dtype, shape, strides or [], node["o"])
         if dtype is not stored.dtype:
             _check(math.prod(shape) * dtype.itemsize == entry.nbytes, "a dtype that does not fit its bytes")
             stored = stored.view(torch.uint8).reshape(-1).view(dtype).view(shape)
         if strides is None:
             return stored
         _check(list(shape) == list(entry.shape) or dtype is not dtypes.BY_CODE[entry.dtype], "another shape")
-        made = torch.empty_strided(shape, strides, dtype=dtype)
         _check(_reach(shape, strides) == math.prod(shape), "strides that are not a permutation")
+        self._copying(entry)
+        made = torch.empty_strided(shape, strides, dtype=dtype)
         dtypes.as_plain(made).copy_(dtypes.as_plain(stored))
         return made
 
@@ -141,7 +152,8 @@ class Rebuilder(Decoder):
         width = dtype.itemsize
         start = stored.storage_offset() * stored.dtype.itemsize + offset
         _check(
-            all(n >= 0 for n in (*shape, *strides, offset))
+            type(offset) is int
+            and offset >= 0
             and start % width == 0
             and start + _reach(shape, strides) * width <= storage.nbytes(),
             "a view outside its entry",
@@ -154,7 +166,7 @@ class Rebuilder(Decoder):
         if found is None:
             dtype = dtypes.BY_CODE[entry.dtype]
             if entry.nbytes == 0:
-                found = torch.empty(entry.shape, dtype=dtype)
+                found = torch.empty(_shape(list(entry.shape)), dtype=dtype)
             else:
                 window = self._image.buffer[entry.offset : entry.offset + entry.nbytes]
                 flat = torch.frombuffer(window, dtype=torch.uint8)
@@ -166,11 +178,11 @@ class Rebuilder(Decoder):
 
     def _array(self, node: dict[str, Any]) -> np.ndarray[Any, Any]:
         entry = self._entry(node["n"])
-        dtype, shape = numpy_dtype(node["d"]), node["s"]
-        _check(all(n >= 0 for n in shape), "a negative shape")
+        dtype, shape = numpy_dtype(node["d"]), _shape(node["s"])
         _check(math.prod(shape) * dtype.itemsize == entry.nbytes, "a dtype that does not fit its bytes")
         if entry.nbytes == 0:
-            return np.empty(shape, dtype)
+            return np.ndarray(shape, dtype, b"") if dtype.itemsize == 0 else np.empty(shape, dtype)
+        self._copying(entry)
         data = bytearray(self._image.buffer[entry.offset : entry.offset + entry.nbytes])
         return np.frombuffer(data, dtype).reshape(shape)
 
@@ -179,6 +191,33 @@ class Rebuilder(Decoder):
         if entry is None:
             raise ValueError(f"the tree names a tensor {name!r} that the image does not have")
         return entry
+
+
+def _sizes(node: object) -> list[int]:
+    """Sizes or strides that torch and numpy can take; the product of others may be text, or take hours."""
+    if not isinstance(node, list) or len(node) > MAX_DIMENSIONS:
+        raise ValueError("sizes that are not a list, or a long one")
+    _check(all(type(n) is int and 0 <= n < _MAX_ITEMS for n in node), "sizes out of bounds")
+    return node
+
+
+def _shape(node: object) -> list[int]:
+    shape = _sizes(node)
+    _check(math.prod(max(n, 1) for n in shape) < _MAX_ITEMS, "a shape of more items than there can be")
+    return shape
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = dtypes.BY_NAME[name]
+    _check(dtype not in dtypes.QUANTIZED, "a dtype whose scales are not stored")
+    return dtype
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _reach(shape: list[int], strides: list[int]) -> int:

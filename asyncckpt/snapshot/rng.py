@@ -41,3 +41,26 @@ class RngState:
         torch.set_rng_state(state["torch"])
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda)
+
+
+def unfit(state: Any) -> str | None:
+    """Why `state` is none that `RngState` can take, tried on generators of nobody's; None where it is.
+
+    numpy itself takes any position, and would read beyond its memory.
+    """
+    try:
+        random.Random().setstate(state["python"])
+        if isinstance(state["numpy"], tuple):
+            _, key, position, *_ = state["numpy"]
+            if np.shape(key) != (624,) or type(position) is not int or not 0 <= position <= 624:
+                return "not a state of numpy's global generator"
+            np.random.RandomState().set_state(state["numpy"])
+        elif state["numpy"]["bit_generator"] == "MT19937":
+            return "not a state of numpy's global generator"
+        torch.Generator().set_state(state["torch"])
+        cuda = state.get("cuda")
+        if cuda is not None and not all(isinstance(c, torch.Tensor) and c.dtype == torch.uint8 for c in cuda):
+            return "not states of CUDA generators"
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        return f"not the states of the generators: {type(error).__name__}: {error}"
+    return None

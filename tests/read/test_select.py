@@ -1,5 +1,7 @@
 """Which checkpoint is used: the newest that is good, said aloud; never silently none."""
 
+import errno
+import os
 import warnings
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from asyncckpt.format import names
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.read.select import newest
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.posix import Posix
 
 
 @pytest.fixture
@@ -119,3 +122,34 @@ def test_a_rewound_branch_is_not_chosen(catalog: Catalog) -> None:
         commit(catalog.storage, step)
     Custody(catalog.storage, None).rewind(2)
     assert use_newest(catalog) == 2
+
+
+class Refusing(Posix):
+    """Opening a file whose path ends in `ending` fails with `number`."""
+
+    def __init__(self, ending: str, number: int) -> None:
+        self.ending, self.number = ending, number
+
+    def open(self, path: str, direct: bool) -> int:
+        if path.endswith(self.ending):
+            raise OSError(self.number, os.strerror(self.number))
+        return super().open(path, direct)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES])
+def test_a_failing_of_the_reader_is_no_reason_to_take_an_older_one(catalog: Catalog, number: int) -> None:
+    for step in (1, 2):
+        commit(catalog.storage, step)
+    with pytest.raises(StorageError) as caught:
+        use_newest(Catalog(LocalStorage(catalog.storage.url, Refusing("model.safetensors", number))))
+    assert caught.value.errno == number
+
+
+def test_after_a_rewind_an_unreadable_manifest_is_passed_over_too(catalog: Catalog) -> None:
+    for step in (1, 2, 3):
+        commit(catalog.storage, step)
+    storage = LocalStorage(catalog.storage.url, Refusing(f"{names.step_name(2)}/{names.MANIFEST}", errno.EIO))
+    Custody(catalog.storage, None).rewind(2)
+    with pytest.warns(UserWarning, match="passed over step 2"):
+        assert use_newest(Catalog(storage)) == 1
+    assert Custody(storage, None).next_sequence() > 0

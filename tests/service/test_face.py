@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.models import training
 from support.processes import PATIENCE, Hold
 
@@ -94,6 +95,25 @@ def test_auto_overlap_tries_both_and_settles(tmp_path):
             if step % 4 == 0:
                 ckpt.save(step, state)
         assert ckpt.stats().overlap in (True, False)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_copies_by_several_threads_are_whole(overlap, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        state = {"a": torch.randint(0, 1 << 40, (5 << 20,)), "b": [torch.arange(n) for n in range(300)]}
+        with asyncckpt.Checkpointer(tmp_path / "run", overlap=overlap, writer="thread") as ckpt:
+            for step in range(3):
+                state["a"].add_(1)
+                ckpt.save(step, state)
+                expected = state["a"].clone()
+            ckpt.wait_until_flushed(PATIENCE)
+            loaded = asyncckpt.load(tmp_path / "run", 2)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(loaded["a"], expected)
+    assert all(torch.equal(a, b) for a, b in zip(loaded["b"], state["b"], strict=True))
 
 
 class Terminal(io.StringIO):
