@@ -6,7 +6,7 @@ import os
 # share two cores with another test process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "asyncckpt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
