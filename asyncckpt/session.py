@@ -21,7 +21,8 @@ from asyncckpt.errors import CheckpointError, QueueFullError
 from asyncckpt.handle import SaveHandle, Timeline
 from asyncckpt.link import Link, OfSave, Options
 from asyncckpt.snapshot.arena import Arena, ArenaPool
-from asyncckpt.snapshot.snapshotter import Description, Snapshot, Snapshotter
+from asyncckpt.snapshot.describe import Description
+from asyncckpt.snapshot.snapshotter import Snapshot, Snapshotter
 from asyncckpt.stats import Tally
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import Writer

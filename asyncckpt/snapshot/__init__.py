@@ -8,7 +8,8 @@ copy         tensors -> arena, by several threads, in slices
 cuda         the same from a GPU: side streams, events, pinned arenas
 fence        which tensors change only in optimizer.step(), and who waits there
 torn         finding what changed during an overlapped copy all the same
-snapshotter  one snapshot, from state to sealed arena
+describe     what a snapshot will be: parts, plans, leaf trees, places
+snapshotter  one snapshot, from described state to sealed arena
 rng          RngState
 rebuild      verified bytes -> Python objects
 apply        those objects -> live ones, in place

@@ -1,7 +1,6 @@
-"""One snapshot: state -> plan -> arena.
+"""One snapshot: described state -> arena.
 
-`describe` walks the state (or asks the guards whether the last walk still holds) and says what the arena must take;
-`take` starts the copies. What may change before the next optimizer step is copied before `take` returns, the rest
+What may change before the next optimizer step is copied before `take` returns, the rest
 behind the fence, unless everything is to be copied at once.
 """
 
@@ -17,24 +16,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import msgspec
 import torch
 from torch.optim import Optimizer
 
-from asyncckpt.errors import TornSnapshotError, UnsupportedStateError
-from asyncckpt.format import names
+from asyncckpt.errors import TornSnapshotError
 from asyncckpt.snapshot import dtypes, fence
-from asyncckpt.snapshot.arena import PAGE, Arena
+from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
-from asyncckpt.snapshot.flatten import Flattener
-from asyncckpt.snapshot.guards import Guard, ModuleGuard, OptimizerGuard
-from asyncckpt.snapshot.plan import PartPlan, Source, plan_part
+from asyncckpt.snapshot.describe import Describer, Description, Part
+from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.workers import DaemonPool
 
 MAX_THREADS = 8
-_Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+@dataclass
+class _Program:
+    """The pieces that copy one part into one arena."""
+
+    base: int
+    eager: list[Piece]
+    late: list[Piece]
 
 
 @dataclass
@@ -46,54 +50,7 @@ class _Split:
     eager: list[int]
     late: list[int]
     watched: Watched
-
-
-@dataclass
-class _Program:
-    """The pieces that copy one part into one arena."""
-
-    split: _Split
-    base: int
-    eager: list[Piece]
-    late: list[Piece]
-
-
-@dataclass
-class _Part:
-    """What is known of one part from its last save."""
-
-    plan: PartPlan
-    tree: bytes
-    value: weakref.ref[Any] | None = None
-    guard: Guard | None = None
-    frame: tuple[msgspec.Raw, list[msgspec.Raw]] | None = None
-    """Of an optimizer: its `state` and each group's `params`, as JSON."""
-    live: list[torch.Tensor] = field(default_factory=list)
-    shape: list[_Place] = field(default_factory=list)
-    split: _Split | None = None
     programs: weakref.WeakKeyDictionary[Arena, _Program] = field(default_factory=weakref.WeakKeyDictionary)
-
-    def still(self, value: Any) -> bool:
-        """Whether `value` is the same object with the same tensors at the same places."""
-        return (
-            self.guard is not None
-            and self.value is not None
-            and self.value() is value
-            and self.guard.holds(value)
-            and [_place(t) for t in self.live] == self.shape
-        )
-
-
-@dataclass(frozen=True)
-class Description:
-    """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes."""
-
-    parts: dict[str, _Part]
-    spans: list[tuple[str, int, int]]
-    trees: bytes
-    trees_offset: int
-    size: int
-    optimizers: list[Optimizer]
 
 
 class Snapshot:
@@ -182,81 +139,17 @@ class Snapshotter:
         self.pool = DaemonPool(1, "asyncckpt-copy")
         self._helpers: DaemonPool | None = None
         self._helper_count = 0
-        self._parts: dict[str, _Part] = {}
+        self._describer = Describer()
+        self._splits: weakref.WeakKeyDictionary[Part, _Split] = weakref.WeakKeyDictionary()
         self._owned: fence.Owned | None = None
         self._torn: set[str] = set()
         self._warned = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._loading: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
-    # Describe
-
     def describe(self, state: Mapping[str, Any]) -> Description:
-        """Walk `state`.
-
-        Raises:
-            UnsupportedStateError: something in it can't be stored exactly, or a part's name can't be a file's.
-        """
-        _check_names(state)
-        parts = {name: self._describe_part(name, value) for name, value in state.items()}
-        self._parts.update(parts)
-        spans, position = [], 0
-        for name, part in parts.items():
-            size = part.plan.image.size if part.plan.specs else 0
-            spans.append((name, position, size))
-            position += -(-size // PAGE) * PAGE
-        trees = msgspec.json.encode({name: msgspec.Raw(part.tree) for name, part in parts.items()})
-        optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
-        size = position + len(trees) + len(trees) // 4 + PAGE
-        return Description(parts, spans, trees, position, size, optimizers)
-
-    def _describe_part(self, name: str, value: Any) -> _Part:
-        known = self._parts.get(name)
-        if known is not None and known.still(value):
-            tree = self._optimizer_tree(name, value, known) if isinstance(value, Optimizer) else known.tree
-            if tree is not None:
-                known.tree = tree
-                return known
-        flattener = Flattener()
-        node = flattener.encode(value, (name,))
-        part = _Part(plan_part(flattener.leaves, known.plan if known else None), b"")
-        part.tree = msgspec.json.encode(node)
-        if not any(leaf.made for leaf in flattener.leaves):
-            self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
-        return part
-
-    def _guard(self, name: str, value: Any, node: Any, part: _Part, live: list[torch.Tensor]) -> None:
-        """Remember what lets the next save skip the walk, where the value is one whose structure can be guarded."""
-        if isinstance(value, torch.nn.Module) and ModuleGuard.fits(value):
-            part.guard = ModuleGuard(value)
-        elif isinstance(value, Optimizer) and OptimizerGuard.fits(value):
-            part.guard = OptimizerGuard(value)
-            groups = [msgspec.Raw(msgspec.json.encode(group["params"])) for group in node["param_groups"]]
-            part.frame = (msgspec.Raw(msgspec.json.encode(node["state"])), groups)
-        else:
-            return
-        part.live = live
-        part.shape = [_place(t) for t in live]
-        part.value = weakref.ref(value, partial(_forget, weakref.ref(self), name))
-
-    def _optimizer_tree(self, name: str, optimizer: Optimizer, part: _Part) -> bytes | None:
-        """The tree of an optimizer whose tensors stand where they stood, with its hyperparameters as they are now.
-
-        None where there are tensors among the hyperparameters: those are found by a walk only.
-        """
-        assert part.frame is not None
-        state, params = part.frame
-        flattener = Flattener()
-        groups = [
-            {
-                key: raw if key == "params" else flattener.encode(item, (name, "param_groups", i, key))
-                for key, item in (*((k, v) for k, v in group.items() if k != "params"), ("params", None))
-            }
-            for i, (group, raw) in enumerate(zip(optimizer.param_groups, params, strict=True))
-        ]
-        return None if flattener.leaves else msgspec.json.encode({"state": state, "param_groups": groups})
-
-    # Take
+        """What a snapshot of `state` will be: see `Describer.describe`."""
+        return self._describer.describe(state)
 
     def take(
         self,
@@ -328,8 +221,8 @@ class Snapshotter:
             self._owned = fence.Owned(optimizers)
         return self._owned
 
-    def _split(self, name: str, part: _Part, owned: fence.Owned | None) -> _Split:
-        split = part.split
+    def _split(self, name: str, part: Part, owned: fence.Owned | None) -> _Split:
+        split = self._splits.get(part)
         if split is not None and split.owned is owned and split.torn == len(self._torn):
             return split
         eager, late, watched_names, watched = [], [], [], []
@@ -341,26 +234,27 @@ class Snapshotter:
                 late.append(i)
                 watched_names += [full] * len(source.live)
                 watched += source.live
-        part.split = _Split(owned, len(self._torn), eager, late, Watched(watched_names, watched))
-        return part.split
+        split = _Split(owned, len(self._torn), eager, late, Watched(watched_names, watched))
+        self._splits[part] = split
+        return split
 
     def _may_wait(self, name: str, source: Source, owned: fence.Owned) -> bool:
         if name in self.overlap_parts:
             return not any(t.is_inference() for t in source.live)
         return all(owned.covers(t) for t in source.live)
 
-    def _program(self, part: _Part, plan: PartPlan, split: _Split, base: int, arena: Arena) -> _Program:
+    def _program(self, part: Part, plan: PartPlan, split: _Split, base: int, arena: Arena) -> _Program:
         """The pieces that copy a part; kept while nothing of it changes."""
-        known = part.programs.get(arena)
-        if known is not None and known.split is split and known.base == base and plan is part.plan:
+        known = split.programs.get(arena)
+        if known is not None and known.base == base and plan is part.plan:
             return known
         on_host = [source.data.device.type != "cuda" for source in plan.sources]
         eager, late = (
             pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late)
         )
-        made = _Program(split, base, eager, late)
+        made = _Program(base, eager, late)
         if plan is part.plan:
-            part.programs[arena] = made
+            split.programs[arena] = made
         return made
 
     def _all_hands(self, job: CopyJob) -> None:
@@ -403,7 +297,7 @@ class Snapshotter:
 
     def close(self) -> None:
         """Let go of the state, and take all hooks off it."""
-        self._parts.clear()
+        self._describer.forget()
         self._owned = None
         for _, hook in self._loading.values():
             hook.remove()
@@ -411,27 +305,6 @@ class Snapshotter:
         self.pool.shutdown()
         if self._helpers is not None:
             self._helpers.shutdown()
-
-
-def _place(tensor: torch.Tensor) -> _Place:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _check_names(state: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping) or not state:
-        raise UnsupportedStateError(
-            "the state must be a dict of named parts, such as {'model': model, 'optimizer': optimizer}",
-            path="the state",
-        )
-    folded: set[str] = set()
-    for name in state:
-        if not isinstance(name, str) or not names.is_part(name):
-            raise UnsupportedStateError(
-                f"{name!r} can't be the name of a part: it becomes a file name, {names.PART_RULE}", path=str(name)
-            )
-        if name.lower() in folded:
-            raise UnsupportedStateError(f"two parts are named {name!r} but for upper and lower case", path=name)
-        folded.add(name.lower())
 
 
 def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
@@ -447,13 +320,6 @@ def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
 
 def _put(arena: Arena, offset: int, data: bytes) -> None:
     arena.memory[offset : offset + len(data)] = data
-
-
-def _forget(owner: weakref.ref[Snapshotter], name: str, value: object) -> None:
-    """The object behind a part is gone: do not keep its tensors."""
-    snapshotter = owner()
-    if snapshotter is not None:
-        snapshotter._parts.pop(name, None)
 
 
 def _unhook(loading: dict[int, Any], key: int, value: object) -> None:

@@ -1,0 +1,165 @@
+"""What a snapshot will be: state -> parts, each with its plan and leaf tree, and their places in an arena.
+
+A part whose guard says that nothing of its structure has changed is not walked again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import msgspec
+import torch
+from torch.optim import Optimizer
+
+from asyncckpt.errors import UnsupportedStateError
+from asyncckpt.format import names
+from asyncckpt.snapshot.arena import PAGE
+from asyncckpt.snapshot.flatten import Flattener
+from asyncckpt.snapshot.guards import Guard, ModuleGuard, OptimizerGuard
+from asyncckpt.snapshot.plan import PartPlan, plan_part
+
+_Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
+
+
+@dataclass(eq=False)
+class Part:
+    """What is known of one part from its last save."""
+
+    plan: PartPlan
+    tree: bytes
+    value: weakref.ref[Any] | None = None
+    guard: Guard | None = None
+    frame: tuple[msgspec.Raw, list[msgspec.Raw]] | None = None
+    """Of an optimizer: its `state` and each group's `params`, as JSON."""
+    live: list[torch.Tensor] = field(default_factory=list)
+    shape: list[_Place] = field(default_factory=list)
+
+    def still(self, value: Any) -> bool:
+        """Whether `value` is the same object with the same tensors at the same places."""
+        return (
+            self.guard is not None
+            and self.value is not None
+            and self.value() is value
+            and self.guard.holds(value)
+            and [_place(t) for t in self.live] == self.shape
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes."""
+
+    parts: dict[str, Part]
+    spans: list[tuple[str, int, int]]
+    trees: bytes
+    trees_offset: int
+    size: int
+    optimizers: list[Optimizer]
+
+
+class Describer:
+    """Walks states, and remembers of each part what saves the next walk."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Part] = {}
+
+    def forget(self) -> None:
+        """Let go of the state."""
+        self._parts.clear()
+
+    def describe(self, state: Mapping[str, Any]) -> Description:
+        """Walk `state`.
+
+        Raises:
+            UnsupportedStateError: something in it can't be stored exactly, or a part's name can't be a file's.
+        """
+        _check_names(state)
+        parts = {name: self._describe_part(name, value) for name, value in state.items()}
+        self._parts.update(parts)
+        spans, position = [], 0
+        for name, part in parts.items():
+            size = part.plan.image.size if part.plan.specs else 0
+            spans.append((name, position, size))
+            position += -(-size // PAGE) * PAGE
+        trees = msgspec.json.encode({name: msgspec.Raw(part.tree) for name, part in parts.items()})
+        optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+        size = position + len(trees) + len(trees) // 4 + PAGE
+        return Description(parts, spans, trees, position, size, optimizers)
+
+    def _describe_part(self, name: str, value: Any) -> Part:
+        known = self._parts.get(name)
+        if known is not None and known.still(value):
+            tree = self._optimizer_tree(name, value, known) if isinstance(value, Optimizer) else known.tree
+            if tree is not None:
+                known.tree = tree
+                return known
+        flattener = Flattener()
+        node = flattener.encode(value, (name,))
+        part = Part(plan_part(flattener.leaves, known.plan if known else None), b"")
+        part.tree = msgspec.json.encode(node)
+        if not any(leaf.made for leaf in flattener.leaves):
+            self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
+        return part
+
+    def _guard(self, name: str, value: Any, node: Any, part: Part, live: list[torch.Tensor]) -> None:
+        """Remember what lets the next save skip the walk, where the value is one whose structure can be guarded."""
+        if isinstance(value, torch.nn.Module) and ModuleGuard.fits(value):
+            part.guard = ModuleGuard(value)
+        elif isinstance(value, Optimizer) and OptimizerGuard.fits(value):
+            part.guard = OptimizerGuard(value)
+            groups = [msgspec.Raw(msgspec.json.encode(group["params"])) for group in node["param_groups"]]
+            part.frame = (msgspec.Raw(msgspec.json.encode(node["state"])), groups)
+        else:
+            return
+        part.live = live
+        part.shape = [_place(t) for t in live]
+        part.value = weakref.ref(value, partial(_forget, weakref.ref(self), name))
+
+    def _optimizer_tree(self, name: str, optimizer: Optimizer, part: Part) -> bytes | None:
+        """The tree of an optimizer whose tensors stand where they stood, with its hyperparameters as they are now.
+
+        None where there are tensors among the hyperparameters: those are found by a walk only.
+        """
+        assert part.frame is not None
+        state, params = part.frame
+        flattener = Flattener()
+        groups = [
+            {
+                key: raw if key == "params" else flattener.encode(item, (name, "param_groups", i, key))
+                for key, item in (*((k, v) for k, v in group.items() if k != "params"), ("params", None))
+            }
+            for i, (group, raw) in enumerate(zip(optimizer.param_groups, params, strict=True))
+        ]
+        return None if flattener.leaves else msgspec.json.encode({"state": state, "param_groups": groups})
+
+
+def _place(tensor: torch.Tensor) -> _Place:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _check_names(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping) or not state:
+        raise UnsupportedStateError(
+            "the state must be a dict of named parts, such as {'model': model, 'optimizer': optimizer}",
+            path="the state",
+        )
+    folded: set[str] = set()
+    for name in state:
+        if not isinstance(name, str) or not names.is_part(name):
+            raise UnsupportedStateError(
+                f"{name!r} can't be the name of a part: it becomes a file name, {names.PART_RULE}", path=str(name)
+            )
+        if name.lower() in folded:
+            raise UnsupportedStateError(f"two parts are named {name!r} but for upper and lower case", path=name)
+        folded.add(name.lower())
+
+
+def _forget(owner: weakref.ref[Describer], name: str, value: object) -> None:
+    """The object behind a part is gone: do not keep its tensors."""
+    describer = owner()
+    if describer is not None:
+        describer._parts.pop(name, None)
