@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, StateMismatchError
 from asyncckpt.format import names
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.read.select import newest
-from asyncckpt.snapshot.apply import Mismatch, Rename, apply, fit, rename_keys
+from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
 from asyncckpt.snapshot.rebuild import rebuild_part, rebuild_tensors
 from asyncckpt.snapshot.rng import RngState
 from asyncckpt.storage.local import LocalStorage
@@ -174,12 +176,21 @@ class Filling:
 
     def __call__(self) -> None:
         state = self._state
-        for name in sorted(self._saved, key=lambda name: isinstance(state[name], RngState)):  # loading may draw numbers
-            value = apply(state[name], self._saved[name], self._strict)
-            if value is not state[name]:
-                if not isinstance(state, MutableMapping):
-                    raise StateMismatchError(f"part {name!r} can't be restored in place; give the state as a dict")
-                state[name] = value
+        optimizers = [name for name in self._saved if isinstance(state[name], Optimizer)]
+        with all_or_none([state[name] for name in optimizers]):  # first: they judge what they load, and can be undone
+            for name in optimizers:
+                self._fill(name)
+        others = [name for name in self._saved if name not in optimizers]
+        for name in sorted(others, key=lambda name: isinstance(state[name], RngState)):  # loading may draw numbers
+            self._fill(name)
+
+    def _fill(self, name: str) -> None:
+        state = self._state
+        value = apply(state[name], self._saved[name], self._strict)
+        if value is not state[name]:
+            if not isinstance(state, MutableMapping):
+                raise StateMismatchError(f"part {name!r} can't be restored in place; give the state as a dict")
+            state[name] = value
 
 
 def _choose(reader: CheckpointReader, parts: Collection[str] | None, whole: bool, strict: bool) -> list[str]:

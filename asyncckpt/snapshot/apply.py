@@ -72,9 +72,9 @@ def rename_keys(live: Any, saved: Any, rename: Rename | None) -> Any:
     has_names = isinstance(live, torch.nn.Module) or not is_stateful(live)
     if rename is None or not isinstance(saved, dict) or not has_names:
         return saved
-    renamed: Any = type(saved)(
-        (_renamed(key, rename) if isinstance(key, str) else key, item) for key, item in saved.items()
-    )
+    renamed: Any = saved.copy()  # of the same kind: an ordered dict, a counter, a defaultdict
+    renamed.clear()
+    renamed.update({_renamed(key, rename) if isinstance(key, str) else key: item for key, item in saved.items()})
     if len(renamed) < len(saved):
         names = Counter(_renamed(key, rename) for key in saved if isinstance(key, str))
         twice = [name for name, count in names.items() if count > 1]
@@ -281,3 +281,21 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
                 now = optimizer.state[p].get(name)
                 if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
                     optimizer.state[p][name] = value.to(now.device)
+
+
+@contextmanager
+def all_or_none(optimizers: list[Optimizer]) -> Iterator[None]:
+    """While inside, optimizers load; where one can't, all are as they were before. They replace what they hold.
+
+    Raises:
+        StateMismatchError: one refused what it was given.
+    """
+    before = [(optimizer, dict(vars(optimizer))) for optimizer in optimizers]
+    try:
+        yield
+    except Exception as error:
+        for optimizer, members in before:
+            vars(optimizer).update(members)
+        raise StateMismatchError(
+            f"an optimizer can't load what the checkpoint holds for it; nothing was changed: {error!r}"
+        ) from error

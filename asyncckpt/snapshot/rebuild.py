@@ -102,7 +102,9 @@ class Rebuilder(Decoder):
         if tag == "module":
             state = OrderedDict((name, self._value(item, 1)) for name, item in node["v"].items())
             if node["m"] is not None:
-                state._metadata = OrderedDict(self._value(node["m"], 1))  # type: ignore[attr-defined]
+                metadata = self._value(node["m"], 1)
+                _check(isinstance(metadata, dict) and all(isinstance(key, str) for key in metadata), "bad metadata")
+                state._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
             return state
         if tag == "dtype":
             return dtypes.BY_NAME[node["v"]]
