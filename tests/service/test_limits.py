@@ -1,0 +1,61 @@
+"""Limits of the system are exceptions, never a death by signal; when they are lifted, the next save works."""
+
+import resource
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from support.processes import PATIENCE
+
+import asyncckpt
+
+STATE = {"x": torch.arange(1 << 18)}  # 2 MiB
+SHM = """
+import os, sys, torch, asyncckpt
+assert os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize <= 65536
+state = {"x": torch.arange(1 << 18)}
+with asyncckpt.Checkpointer(sys.argv[1]) as ckpt:
+    for step in (1, 2, 3):
+        assert ckpt.save(step, state).result(60) == "committed"
+    assert ckpt.verify() == 3
+assert torch.equal(asyncckpt.load(sys.argv[1])["x"], state["x"])
+"""
+
+
+def test_a_small_dev_shm_does_not_matter(tmp_path):
+    """Arenas are memfds: no place is needed there."""
+    script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", SHM, str(tmp_path / "run")]
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs root: there may be no mount namespace")
+    done = subprocess.run(command, capture_output=True, timeout=100)
+    if done.returncode == 77:
+        pytest.skip(f"needs root to mount: {done.stderr.decode()}")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@contextmanager
+def limit(pid, what, value):
+    """While inside, the process `pid` has a soft limit."""
+    before = resource.prlimit(pid, what)
+    resource.prlimit(pid, what, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, what, before)
+
+
+def test_a_limit_of_file_size_fails_the_save_and_leaves_the_writer(tmp_path):
+    with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
+        ckpt.save(1, {"y": 1}).result(PATIENCE)
+        writer = ckpt.stats().writer_pid
+        with limit(writer, resource.RLIMIT_FSIZE, 1 << 20):
+            handle = ckpt.save(2, STATE)
+            with pytest.raises(asyncckpt.StorageError, match="File too large"):
+                handle.result(PATIENCE)
+        assert ckpt.stats().writer_pid == writer
+        assert ckpt.steps() == [1]
+        assert ckpt.save(2, STATE).result(PATIENCE) == "committed"
+        assert ckpt.verify() == 2
