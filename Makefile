@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORTURE := 40
 TORTURE_MINUTES := 15
+FUZZ_MINUTES ?= 10
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture lint format bench clean
+.PHONY: help demo test torture fuzz lint format bench clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -29,6 +30,9 @@ test: $(READY)   ## the whole test suite
 torture: $(READY) ## the crash tests in their long form, and how long that takes
 	@echo "about $(TORTURE_MINUTES) minutes on two cores: power cuts, kills and errors at every storage operation"
 	ASYNCCKPT_TORTURE=$(TORTURE) $(BIN)/python -m pytest -n 2 -s tests/crash
+
+fuzz: $(READY)    ## hostile checkpoints for FUZZ_MINUTES minutes (10)
+	cd tests && ../$(BIN)/python -m hostile.fuzz --minutes $(FUZZ_MINUTES)
 
 lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,9 +6,38 @@ import os
 # share two cores with another test process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "asyncckpt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("asyncckpt")
+
+_unpickled: list[str] = []
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    """Note what is unpickled below a call of asyncckpt; what tests unpickle themselves is theirs."""
+    if event != "pickle.find_class":
+        return
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "asyncckpt":
+            _unpickled.append(f"{args} at {frame.f_code.co_filename}:{frame.f_lineno}")
+            return
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_unpickled() -> Iterator[None]:
+    """No test may see asyncckpt unpickle anything."""
+    _unpickled.clear()
+    yield
+    assert not _unpickled
