@@ -58,7 +58,8 @@ async def _serve(fd: int, trainer: int | None, posix: Posix | None) -> None:
             data, fds = b"", []
         arenas.extend(fds)
         for message in incoming.feed(data):
-            service.receive(message, arenas.pop(0) if isinstance(message, m.Share) else None)
+            arena = arenas.pop(0) if arenas and isinstance(message, m.Share) else None
+            service.receive(message, arena)
         if not data:
             loop.remove_reader(link)
             service.orphaned()

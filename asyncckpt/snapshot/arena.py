@@ -35,12 +35,15 @@ class Arena:
         self.id = next(_numbers)
         self.size = -(-size // PAGE) * PAGE
         self.fd: int | None = None
-        if shared:
-            self.fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
-            os.ftruncate(self.fd, self.size)
-            self._map = mmap.mmap(self.fd, self.size)
-        else:
-            self._map = mmap.mmap(-1, self.size)
+        try:
+            if shared:
+                self.fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+                os.ftruncate(self.fd, self.size)
+            self._map = mmap.mmap(-1 if self.fd is None else self.fd, self.size)
+        except OSError as error:
+            if self.fd is not None:
+                os.close(self.fd)
+            raise _refused(self.size, error) from error
         self.memory = memoryview(self._map)
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self.address = self.bytes.data_ptr()
@@ -72,10 +75,7 @@ class Arena:
             if _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE) == 0:
                 return
         except OSError as error:
-            raise CheckpointError(
-                f"no memory for a snapshot arena of {self.size} bytes: {error.strerror}. "
-                "Lower max_in_flight, or save fewer parts."
-            ) from error
+            raise _refused(self.size, error) from error
         np.frombuffer(self._map, np.uint8, size, start)[::PAGE] = 0  # an older kernel: touch page by page
 
     def close(self) -> None:
@@ -86,6 +86,13 @@ class Arena:
         fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
+
+
+def _refused(size: int, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"no memory for a snapshot arena of {size} bytes: {error.strerror or error}. "
+        "Lower max_in_flight, save fewer parts, or raise the limits of this process (ulimit -v, -n, -f)."
+    )
 
 
 class ArenaPool:

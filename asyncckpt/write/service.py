@@ -49,12 +49,24 @@ class Service:
         self._custody_lock = asyncio.Lock()
         self._give_up = threading.Event()
         self._opened = False
+        self._failure: Exception | None = None
         self._ended = asyncio.Event()
 
     # What comes in
 
     def receive(self, message: m.Request, memory: memoryview | int | None = None) -> None:
-        """Take one message; `memory` is what comes along with Share: a file descriptor, or the memory itself."""
+        """Take one message; `memory` is what comes along with Share: a file descriptor, or the memory itself.
+
+        A message that can't be taken (an arena that can't be mapped, say) ends the service, so that the trainer hears
+        of it and starts another.
+        """
+        try:
+            self._take(message, memory)
+        except Exception as error:
+            self._failure = self._failure or error
+            self._ended.set()
+
+    def _take(self, message: m.Request, memory: memoryview | int | None) -> None:
         match message:
             case m.Open():
                 self._opened = True
@@ -100,9 +112,15 @@ class Service:
             self._ended.set()
 
     async def finished(self) -> None:
-        """Wait for the end: after Close, after `orphaned`, or refused."""
+        """Wait for the end: after Close, after `orphaned`, or refused.
+
+        Raises:
+            Exception: what a message that could not be taken has raised.
+        """
         await self._ended.wait()
         self._workers.close()
+        if self._failure is not None:
+            raise self._failure
 
     def _drop(self, message: m.Drop) -> None:
         save = self._saves.get(message.save)

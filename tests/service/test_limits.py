@@ -3,7 +3,7 @@
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -44,7 +44,8 @@ def limit(pid, what, value):
     try:
         yield
     finally:
-        resource.prlimit(pid, what, before)
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, what, before)
 
 
 def test_a_limit_of_file_size_fails_the_save_and_leaves_the_writer(tmp_path):
@@ -59,3 +60,28 @@ def test_a_limit_of_file_size_fails_the_save_and_leaves_the_writer(tmp_path):
         assert ckpt.steps() == [1]
         assert ckpt.save(2, STATE).result(PATIENCE) == "committed"
         assert ckpt.verify() == 2
+
+
+def test_a_writer_that_can_take_no_arena_is_told_and_replaced(tmp_path):
+    with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
+        writer = ckpt.stats().writer_pid
+        with limit(writer, resource.RLIMIT_NOFILE, 3):
+            with pytest.raises(asyncckpt.StorageError, match=r"the writer .* before step 1"):
+                ckpt.save(1, STATE).result(PATIENCE)
+            assert ckpt.steps() == []
+            assert ckpt.save(1, STATE).result(PATIENCE) == "committed"
+        assert ckpt.stats().writer_pid != writer
+
+
+@pytest.mark.parametrize("writer", ["process", "thread"])
+def test_too_little_address_space_for_a_snapshot_is_a_clear_error(tmp_path, writer):
+    large = torch.zeros(40 << 20)
+    with asyncckpt.Checkpointer(tmp_path / "run", writer=writer) as ckpt:
+        with open("/proc/self/status") as status:
+            used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
+        with (
+            limit(0, resource.RLIMIT_AS, used + (64 << 20)),
+            pytest.raises(asyncckpt.CheckpointError, match="no memory"),
+        ):
+            ckpt.save(1, {"x": large})
+        assert ckpt.save(1, STATE).result(PATIENCE) == "committed"
