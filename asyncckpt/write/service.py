@@ -115,7 +115,7 @@ class Service:
         """Wait for the end: after Close, after `orphaned`, or refused.
 
         Raises:
-            Exception: what a message that could not be taken has raised.
+            Exception: what a message that could not be taken, or the work itself, has raised.
         """
         await self._ended.wait()
         self._workers.close()
@@ -147,6 +147,8 @@ class Service:
     async def _run(self, open_: m.Open) -> None:
         try:
             await self._own_and_serve(open_)
+        except Exception as error:
+            self._failure = self._failure or error
         finally:
             self._ended.set()
 

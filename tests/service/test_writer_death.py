@@ -119,7 +119,7 @@ def test_a_failing_service_thread_is_told_and_replaced(tmp_path, monkeypatch):
         ckpt.save(1, state).result(PATIENCE)
 
         async def broken(self, save):
-            raise SystemExit("planted")
+            raise RuntimeError("planted")
 
         monkeypatch.setattr(Service, "_write", broken)
         handle = ckpt.save(2, state)
