@@ -3,7 +3,7 @@ flush of its log, mounted anew, and recovered.
 
 A process of its own, without torch, so that it may fork; in a mount namespace of its own, so that nothing is left:
 
-    unshare -m python -m crash.real_cuts ext4|xfs FOLDER CUTS SEED [VERB]
+    unshare -m python -m crash.real_cuts ext4|xfs FOLDER CUTS SEED [VERB EXPECTED]
 
 prints what it found as JSON; a VERB is left out by the service: a planted bug, and then it ends where that is found.
 Ends with code 77, and says why, where such a disk can't be had.
