@@ -99,7 +99,7 @@ class CheckpointReader:
         return PartImage(buffer, entries)
 
     def verify(self) -> None:
-        """Read every byte and check it, in bounded memory.
+        """Read every byte from the storage, not from the memory of the system, and check it; in bounded memory.
 
         Raises:
             CorruptCheckpointError: where a byte is not what was committed.
@@ -108,7 +108,10 @@ class CheckpointReader:
             self.tree(name)
             if record.file is None:
                 continue
-            with self._open(name, record) as file, ThreadPoolExecutor(THREADS, "asyncckpt-verify") as pool:
+            with (
+                self._open(name, record, cached=False) as file,
+                ThreadPoolExecutor(THREADS, "asyncckpt-verify") as pool,
+            ):
 
                 def check(index: int, name: str = name, record: PartRecord = record, file: ReadableFile = file) -> None:
                     self._check_chunk(name, record, file, index, _allocate(record.chunks[index].stored))
@@ -127,9 +130,9 @@ class CheckpointReader:
         return decode_record(data, self.manifest)
 
     @contextmanager
-    def _open(self, part: str, record: PartRecord) -> Iterator[ReadableFile]:
+    def _open(self, part: str, record: PartRecord, *, cached: bool = True) -> Iterator[ReadableFile]:
         try:
-            file = self._storage.open(f"{self._folder}/{record.file}")
+            file = self._storage.open(f"{self._folder}/{record.file}", cached=cached)
         except FileNotFoundError:
             raise self._corrupt(part, f"{record.file} is missing from {self._storage.url}/{self._folder}") from None
         try:
@@ -175,8 +178,8 @@ class CheckpointReader:
 
 
 def _allocate(size: int) -> memoryview:
-    """Zero pages that are taken when touched, huge ones where the system gives them."""
-    memory = mmap.mmap(-1, max(size, 1))
+    """Zero pages that are taken when touched, huge ones where the system gives them (not to shared memory)."""
+    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= 4 << 20:
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)[:size]

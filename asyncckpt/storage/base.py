@@ -44,8 +44,9 @@ class Storage(Protocol):
     def read(self, key: str, limit: int) -> bytes:
         """The whole object. `FileNotFoundError` where there is none, `CorruptCheckpointError` above `limit` bytes."""
 
-    def open(self, key: str) -> ReadableFile:
-        """`FileNotFoundError` where there is none."""
+    def open(self, key: str, *, cached: bool = True) -> ReadableFile:
+        """`FileNotFoundError` where there is none. Without `cached`, bytes that the system holds in memory are not
+        taken from there, but read again."""
 
     def begin(self, folder: str) -> None:
         """Make room for an attempt under a folder that no attempt has used."""

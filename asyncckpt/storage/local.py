@@ -94,17 +94,26 @@ class LocalStorage:
             raise CorruptCheckpointError(f"{path}: shorter than its size of {size} bytes")
         return bytes(buffer)
 
-    def open(self, key: str) -> LocalReadable:
+    def open(self, key: str, *, cached: bool = True) -> LocalReadable:
         path = self.path(key)
         with _named("open", path):
             self._refuse_links(key)
+            fd = self.posix.open(path, False)
             try:
-                fd, direct = self.posix.open(path, self.direct), self.direct
-            except OSError as error:
-                if not self.direct or error.errno != errno.EINVAL:
-                    raise
-                fd, direct = self.posix.open(path, False), False
-        return LocalReadable(self.posix, path, fd, direct)
+                direct = self._open_direct(path)
+            except BaseException:
+                self.posix.close(fd)
+                raise
+        return LocalReadable(self.posix, path, fd, direct, cached)
+
+    def _open_direct(self, path: str) -> int | None:
+        """None where the file system does not take O_DIRECT."""
+        try:
+            return self.posix.open(path, True) if self.direct else None
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None
 
     # Writing
 
@@ -318,8 +327,11 @@ class LocalWritable:
 
 
 class LocalReadable:
-    def __init__(self, posix: Posix, path: str, fd: int, direct: bool) -> None:
-        self._posix, self._path, self._fd, self._direct = posix, path, fd, direct
+    """Opened twice: what the page cache holds is read through it by `fd`, the rest around it by `direct`."""
+
+    def __init__(self, posix: Posix, path: str, fd: int, direct: int | None, cached: bool) -> None:
+        self._posix, self._path = posix, path
+        self._fd, self._direct, self._cached = fd, direct, cached
         try:
             with _named("stat", path):
                 self._size = posix.size(fd)
@@ -333,31 +345,35 @@ class LocalReadable:
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         with _named("read", self._path):
-            if not self._direct:
+            if self._direct is None or (self._cached and self._posix.cached(self._fd, offset, len(buffer))):
                 return _read(self._posix, self._fd, buffer, offset)
-            try:
-                whole = len(buffer) // BLOCK * BLOCK
-                done = _read(self._posix, self._fd, buffer[:whole], offset)
-                if done == whole and whole < len(buffer):
-                    done += self._read_tail(offset + whole, buffer[whole:])
-                return done
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-            with self._posix.opened(self._path) as fd:
-                return _read(self._posix, fd, buffer, offset)
+            return self._read_direct(self._direct, offset, buffer)
 
-    def _read_tail(self, offset: int, tail: memoryview) -> int:
+    def _read_direct(self, fd: int, offset: int, buffer: memoryview) -> int:
+        try:
+            whole = len(buffer) // BLOCK * BLOCK
+            done = _read(self._posix, fd, buffer[:whole], offset)
+            if done == whole and whole < len(buffer):
+                done += self._read_tail(fd, offset + whole, buffer[whole:])
+            return done
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        return _read(self._posix, self._fd, buffer, offset)
+
+    def _read_tail(self, fd: int, offset: int, tail: memoryview) -> int:
         block = mmap.mmap(-1, BLOCK)  # not closed by `with`: the frames of an exception may hold views of it
-        done = min(_read(self._posix, self._fd, memoryview(block), offset), len(tail))
+        done = min(_read(self._posix, fd, memoryview(block), offset), len(tail))
         tail[:done] = block[:done]
         return done
 
     def close(self) -> None:
-        try:
-            self._posix.close(self._fd)
-        except OSError as error:  # what was read was verified all the same
-            log.warning("closing %s: %s", self._path, error)
+        for fd in (self._fd, self._direct):
+            try:
+                if fd is not None:
+                    self._posix.close(fd)
+            except OSError as error:  # what was read was verified all the same
+                log.warning("closing %s: %s", self._path, error)
 
 
 def _write(posix: Posix, fd: int, data: memoryview, offset: int) -> None:

@@ -6,13 +6,19 @@ only has to wrap these. Paths are absolute; errors are `OSError`.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+_libc = ctypes.CDLL(None, use_errno=True)
+_CACHESTAT = 451
+"""cachestat(fd, range, stat, flags): counts pages of a file that are in memory. The same number on every machine."""
 
 
 class Posix:
@@ -86,6 +92,17 @@ class Posix:
 
     def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
         return os.preadv(fd, [buffer], offset)
+
+    def cached(self, fd: int, offset: int, size: int) -> bool:
+        """Whether the page cache holds all these bytes; False where that can't be told (Linux before 6.5, others).
+
+        Asked of the kernel, for a read that may not block starts to read ahead.
+        """
+        span, pages = (ctypes.c_uint64 * 2)(offset, size), (ctypes.c_uint64 * 5)()
+        if sys.platform != "linux" or _libc.syscall(_CACHESTAT, fd, span, pages, 0) != 0:
+            return False
+        first, end = offset // mmap.PAGESIZE, -(-(offset + size) // mmap.PAGESIZE)
+        return int(pages[0]) >= end - first
 
     def is_directory(self, path: str) -> bool:
         """Whether `path` is a directory itself, not a link to one."""

@@ -12,7 +12,7 @@ CHANGES = (
     "close", "rename", "link", "unlink", "rmdir",
 )  # fmt: skip
 """The verbs that change a disk, or say when it has to be durable."""
-LOOKS = ("listdir", "open", "size", "preadv", "is_directory", "free_bytes")
+LOOKS = ("listdir", "open", "size", "preadv", "cached", "is_directory", "free_bytes")
 VERBS = CHANGES + LOOKS
 
 
@@ -82,6 +82,10 @@ class PosixWrapper(Posix):
     def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
         done: int = self._pass("preadv", fd, buffer, offset)
         return done
+
+    def cached(self, fd: int, offset: int, size: int) -> bool:
+        answer: bool = self._pass("cached", fd, offset, size)
+        return answer
 
     def is_directory(self, path: str) -> bool:
         answer: bool = self._pass("is_directory", path)
