@@ -11,7 +11,7 @@ BENCH_READY := $(BENCH_VENV)/.ready
 BENCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test torture fuzz lint format bench clean
+.PHONY: help demo test torture fuzz coverage lint format bench clean
 
 help:            ## list the targets
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/: .*## /\t/' | expand -t 12
@@ -34,6 +34,11 @@ torture: $(READY) ## the crash tests in their long form, and how long that takes
 fuzz: $(READY)    ## hostile checkpoints for FUZZ_MINUTES minutes (10)
 	cd tests && ../$(BIN)/python -m hostile.fuzz --minutes $(FUZZ_MINUTES)
 
+coverage: $(READY) ## the branches of format/ and codec/ that their own and the hostile tests reach; 90 % of each are demanded
+	$(BIN)/python -m coverage run -m pytest -q $(wildcard tests/format tests/codec tests/hostile)
+	@for package in $(wildcard asyncckpt/format asyncckpt/codec); do \
+		$(BIN)/python -m coverage report --include="$$package/*" || exit 1; done
+
 lint: $(READY)   ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +57,5 @@ bench: $(BENCH_READY) ## what a checkpoint costs, library by library: benchmarks
 	$(BENCH_VENV)/bin/python -m benchmarks.overlap $(BENCH)
 
 clean:           ## remove what was built
-	rm -rf $(VENV) $(BENCH_VENV) dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) dist runs .pytest_cache .mypy_cache \
+		.ruff_cache .hypothesis .coverage

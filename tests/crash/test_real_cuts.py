@@ -12,7 +12,7 @@ import pytest
 from crash.real_cuts import SKIP
 from crash.rig import FACTOR, scaled
 
-CUTS = 5
+CUTS = 10
 BOUND = 40
 """Cuts within which a planted bug is found."""
 

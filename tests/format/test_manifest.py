@@ -128,6 +128,20 @@ def test_a_file_that_no_part_uses_is_refused() -> None:
         decode_record(record, manifest)
 
 
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"model": PART, "note": PartRecord(msgspec.Raw(b"null"), size=1)}, "no file"),
+        ({"model": PART, "note": PartRecord(msgspec.Raw(b"null"), chunks=CHUNKS)}, "no file"),
+        ({"model": PartRecord(msgspec.Raw(b"null")), "note": PART}, "bears the name"),
+    ],
+)
+def test_a_part_with_the_file_of_another_or_chunks_of_none_is_refused(parts: dict[str, PartRecord], why: str) -> None:
+    manifest, record = make(parts)
+    with pytest.raises(CorruptCheckpointError, match=why):
+        decode_record(record, change(manifest, parts=["model", "note"]))
+
+
 def test_a_record_that_differs_in_any_byte_is_refused() -> None:
     for position in range(len(GOOD_RECORD)):
         data = bytearray(GOOD_RECORD)

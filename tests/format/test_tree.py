@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from asyncckpt.errors import UnsupportedStateError
-from asyncckpt.format.tree import MAX_DEPTH, TAG, Decoder, Encoder
+from asyncckpt.format.tree import MAX_DEPTH, TAG, Decoder, Encoder, show
 
 
 class Color(enum.Enum):
@@ -261,3 +261,16 @@ def test_what_contains_itself_is_refused(empty: Any) -> None:
         value.append((value,))
     with pytest.raises(UnsupportedStateError, match="contain itself"):
         Encoder().encode(value, ("model",))
+
+
+@pytest.mark.parametrize(("kind", "other"), [("WindowsPath", "PureWindowsPath"), ("PosixPath", "PurePosixPath")])
+def test_a_path_of_another_system_is_read_as_a_pure_one(kind: str, other: str) -> None:
+    native = type(pathlib.Path()).__name__
+    path = Decoder().decode({TAG: "path", "k": kind, "v": "a/b"})
+    assert type(path).__name__ == (kind if kind == native else other)
+    assert path.parts == ("a", "b")
+
+
+def test_a_path_in_the_state_is_shown_as_it_is_written() -> None:
+    assert show(("model", "layers", 3)) == "model['layers'][3]"
+    assert show(()) == "the state"
