@@ -49,6 +49,7 @@ class Link:
         self._options, self._changed = options, changed
         self._on_reply, self._on_death = on_reply, on_death
         self._writer: Writer | None = None
+        self._hurry = False
         self._calls = itertools.count(1)
         self._answers: dict[int, m.Done | None] = {}
 
@@ -85,6 +86,8 @@ class Link:
             if start.ended is not None:
                 raise StorageError(f"the writer {start.ended} as soon as it owned the run", retryable=True)
             self._writer = start.writer = writer
+            if self._hurry:
+                writer.send(m.Hurry(True))
         return writer
 
     def send(self, message: m.Request) -> None:
@@ -92,6 +95,12 @@ class Link:
         writer = self._writer
         if writer is not None:
             writer.send(message)
+
+    def hurry(self, on: bool) -> None:
+        """Somebody waits, or nobody does any more; also told to writers that start meanwhile."""
+        with self._changed:
+            self._hurry = on
+            self.send(m.Hurry(on))
 
     def call(self, make: Callable[[int], m.Delete | m.RewindTo]) -> None:
         """Send `make(number)` and wait for the answer.

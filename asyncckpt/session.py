@@ -269,7 +269,7 @@ class Session:
             before, self._waiters = self._waiters > 0, self._waiters + change
             now = self._waiters > 0
             if now != before:
-                self._link.send(m.Hurry(now))
+                self._link.hurry(now)
 
     def join_copies(self) -> None:
         """Return when no copy under way can be reached by a change any more."""

@@ -28,19 +28,15 @@ class RngState:
         """Set the generators.
 
         Raises:
-            StateMismatchError: another number of CUDA devices than at the save.
+            StateMismatchError: it is no such state, or has another number of CUDA devices; nothing was changed.
         """
-        cuda = state.get("cuda")
-        if cuda is not None and torch.cuda.is_available() and len(cuda) != torch.cuda.device_count():
-            raise StateMismatchError(
-                f"the checkpoint has RNG states of {len(cuda)} CUDA devices, and this process sees "
-                f"{torch.cuda.device_count()}. Restore without this part to go on with fresh ones."
-            )
+        if (why := unfit(state)) is not None:
+            raise StateMismatchError(f"the state of the generators can't be set: {why}")
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
-        if cuda is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(cuda)
+        if state.get("cuda") is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def unfit(state: Any) -> str | None:
@@ -61,6 +57,19 @@ def unfit(state: Any) -> str | None:
         cuda = state.get("cuda")
         if cuda is not None and not all(isinstance(c, torch.Tensor) and c.dtype == torch.uint8 for c in cuda):
             return "not states of CUDA generators"
+        if cuda is not None and torch.cuda.is_available():
+            return _unfit_for_devices(cuda)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         return f"not the states of the generators: {type(error).__name__}: {error}"
+    return None
+
+
+def _unfit_for_devices(states: list[torch.Tensor]) -> str | None:
+    if len(states) != torch.cuda.device_count():
+        return (
+            f"of {len(states)} CUDA devices, and this process sees {torch.cuda.device_count()}; restore without this "
+            "part to go on with fresh ones"
+        )
+    if any(state.shape != torch.cuda.get_rng_state(i).shape for i, state in enumerate(states)):
+        return "not states of CUDA generators"
     return None

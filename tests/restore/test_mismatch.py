@@ -96,6 +96,27 @@ def test_one_part_that_does_not_fit_keeps_all_from_being_changed(saved):
     refused(path, live)
 
 
+@pytest.mark.parametrize("states", [[16], [16, 16, 16], [16, 8], []], ids=str)
+def test_states_of_other_cuda_generators_than_there_are_keep_all_from_being_changed(tmp_path, monkeypatch, states):
+    """A checkpoint from a machine with other devices, on one with two."""
+    generators = asyncckpt.RngState()
+    there = generators.state_dict() | {"cuda": [torch.zeros(size, dtype=torch.uint8) for size in states]}
+    with run(tmp_path) as ckpt:
+        ckpt.save(1, {"model": net(a=nn.Linear(2, 2)), "rng": there})
+    live = {"model": net(a=nn.Linear(2, 2)), "rng": generators}
+    with torch.no_grad():
+        live["model"]["a"].weight.zero_()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.ones(16, dtype=torch.uint8))
+    error = refused(tmp_path, live)
+    assert error.misshaped and "CUDA" in str(error)
+    assert refused(tmp_path, live, strict=False).misshaped
+    with pytest.raises(asyncckpt.StateMismatchError, match="CUDA"):
+        generators.load_state_dict(there)
+    assert asyncckpt.restore(tmp_path, live, parts=["model"]) == 1
+
+
 def test_not_strict_leaves_out_what_one_side_lacks(saved):
     path, state = saved
     live = {
