@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from asyncckpt.errors import UnsupportedStateError as UnsupportedStateError
     from asyncckpt.handle import SaveHandle as SaveHandle
     from asyncckpt.handle import Timeline as Timeline
+    from asyncckpt.policy.cadence import Cadence as Cadence
     from asyncckpt.policy.cadence import Every as Every
+    from asyncckpt.policy.cadence import Moment as Moment
     from asyncckpt.policy.keep import Keep as Keep
     from asyncckpt.run import Run as Run
     from asyncckpt.run import load as load
@@ -38,7 +40,9 @@ _HOME = {
     "SaveHandle": "handle",
     "Timeline": "handle",
     "Stats": "stats",
+    "Cadence": "policy.cadence",
     "Every": "policy.cadence",
+    "Moment": "policy.cadence",
     "Keep": "policy.keep",
     "RngState": "snapshot.rng",
     "Run": "run",

@@ -47,3 +47,10 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_whole(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def check_cadence(cadence: object) -> None:
+    if cadence is not None and (isinstance(cadence, type) or not callable(getattr(cadence, "due", None))):
+        raise TypeError(
+            f"cadence={cadence!r}: give asyncckpt.Every(steps=100), or an object with the method due(moment)"
+        )

@@ -19,7 +19,7 @@ from asyncckpt import arguments, progress
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
-from asyncckpt.policy.cadence import Every
+from asyncckpt.policy.cadence import Cadence, Moment
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
 from asyncckpt.run import Directory, Filling, Run
@@ -46,7 +46,7 @@ class Checkpointer:
 
     Args:
         directory: where checkpoints are kept; made by the first save, with its parents.
-        cadence: when `maybe_save` saves.
+        cadence: when `maybe_save` saves: `Every`, or any object with the method of `Cadence`.
         keep: which checkpoints stay; without it, all.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
@@ -73,7 +73,7 @@ class Checkpointer:
         self,
         directory: Directory,
         *,
-        cadence: Every | None = None,
+        cadence: Cadence | None = None,
         keep: Keep | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
@@ -90,6 +90,7 @@ class Checkpointer:
         arguments.check_choice("overlap", overlap, (True, False, "auto"))
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
+        arguments.check_cadence(cadence)
         if memory_limit is not None:
             arguments.check_whole("memory_limit", memory_limit)
         if not lock_timeout >= 0:
@@ -182,12 +183,18 @@ class Checkpointer:
         Raises:
             ValueError: the Checkpointer has no cadence.
         """
+        return self.save(step, state, **options) if self.should_save(step) else None
+
+    def should_save(self, step: int) -> bool:
+        """Whether `maybe_save(step, ...)` would save. Asking changes nothing.
+
+        Raises:
+            ValueError: the Checkpointer has no cadence.
+        """
+        self._check_usable()
         if self._cadence is None:
             raise ValueError("maybe_save needs a cadence: Checkpointer(..., cadence=asyncckpt.Every(steps=100))")
-        if not self._cadence.due(arguments.checked_step(step), time.monotonic() - self._last_save):
-            self._check_usable()
-            return None
-        return self.save(step, state, **options)
+        return self._cadence.due(Moment(arguments.checked_step(step), time.monotonic() - self._last_save))
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Take the memory for snapshots of `state` and touch it in the background, so that the first save is quick.

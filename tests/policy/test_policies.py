@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncckpt.policy.cadence import Every
+from asyncckpt.policy.cadence import Every, Moment
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
 
@@ -46,9 +46,10 @@ def test_keep_refuses_to_keep_no_last() -> None:
 def test_every_is_due_by_step_or_by_time(step: int, steps: int, minutes: float, seconds: float) -> None:
     minutes += 1e-3
     by_step, by_time = step % steps == 0, seconds >= 60 * minutes
-    assert Every(steps=steps).due(step, seconds) == by_step
-    assert Every(minutes=minutes).due(step, seconds) == by_time
-    assert Every(steps=steps, minutes=minutes).due(step, seconds) == (by_step or by_time)
+    moment = Moment(step, seconds)
+    assert Every(steps=steps).due(moment) == by_step
+    assert Every(minutes=minutes).due(moment) == by_time
+    assert Every(steps=steps, minutes=minutes).due(moment) == (by_step or by_time)
 
 
 @pytest.mark.parametrize(

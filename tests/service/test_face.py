@@ -14,7 +14,8 @@ import asyncckpt
 from asyncckpt import progress
 
 EXPORTED = {
-    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Every", "Keep", "RngState", "Run", "load", "open", "restore",
+    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Cadence", "Every", "Moment", "Keep", "RngState", "Run",
+    "load", "open", "restore",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
     "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
 }  # fmt: skip
