@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from asyncckpt.errors import UnsupportedStateError as UnsupportedStateError
     from asyncckpt.handle import SaveHandle as SaveHandle
     from asyncckpt.handle import Timeline as Timeline
+    from asyncckpt.policy.auto import Auto as Auto
     from asyncckpt.policy.cadence import Cadence as Cadence
     from asyncckpt.policy.cadence import Every as Every
     from asyncckpt.policy.cadence import Moment as Moment
@@ -40,6 +41,7 @@ _HOME = {
     "SaveHandle": "handle",
     "Timeline": "handle",
     "Stats": "stats",
+    "Auto": "policy.auto",
     "Cadence": "policy.cadence",
     "Every": "policy.cadence",
     "Moment": "policy.cadence",

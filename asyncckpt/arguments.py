@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from asyncckpt.policy.auto import Auto
+
 
 def pick(state: Mapping[str, Any], parts: Iterable[str] | None) -> Mapping[str, Any]:
     if parts is None:
@@ -50,7 +52,6 @@ def check_whole(name: str, value: object) -> None:
 
 
 def check_cadence(cadence: object) -> None:
-    if cadence is not None and (isinstance(cadence, type) or not callable(getattr(cadence, "due", None))):
-        raise TypeError(
-            f"cadence={cadence!r}: give asyncckpt.Every(steps=100), or an object with the method due(moment)"
-        )
+    usable = isinstance(cadence, Auto) or callable(getattr(cadence, "due", None))
+    if cadence is not None and (isinstance(cadence, type) or not usable):
+        raise TypeError(f"cadence={cadence!r}: give asyncckpt.Every(steps=100), or an object with a method due(moment)")

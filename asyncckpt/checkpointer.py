@@ -19,14 +19,15 @@ from asyncckpt import arguments, progress
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
-from asyncckpt.policy.cadence import Cadence, Moment
+from asyncckpt.policy.auto import Auto
+from asyncckpt.policy.cadence import Cadence
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
 from asyncckpt.run import Directory, Filling, Run
+from asyncckpt.schedule import Schedule
 from asyncckpt.session import Session, WhenFull
 from asyncckpt.snapshot import fence
 from asyncckpt.snapshot.apply import Rename
-from asyncckpt.snapshot.meter import StepMeter
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.stats import Stats
 from asyncckpt.storage.posix import Posix
@@ -46,7 +47,7 @@ class Checkpointer:
 
     Args:
         directory: where checkpoints are kept; made by the first save, with its parents.
-        cadence: when `maybe_save` saves: `Every`, or any object with the method of `Cadence`.
+        cadence: when `maybe_save` saves: `Every`, `Auto`, or any object with the method of `Cadence`.
         keep: which checkpoints stay; without it, all.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
@@ -73,7 +74,7 @@ class Checkpointer:
         self,
         directory: Directory,
         *,
-        cadence: Cadence | None = None,
+        cadence: Cadence | Auto | None = None,
         keep: Keep | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
@@ -95,7 +96,7 @@ class Checkpointer:
             arguments.check_whole("memory_limit", memory_limit)
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout={lock_timeout!r}: give seconds, from 0 on")
-        self._cadence, self._when_full, self._on_error = cadence, when_full, on_error
+        self._when_full, self._on_error = when_full, on_error
         self._run = Run(directory)
         self._pid = os.getpid()
         self._closed = False
@@ -103,10 +104,9 @@ class Checkpointer:
         options = Options(self._run.storage.root, keep, lock_timeout, process=process, posix=_posix)
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
-        self._meter = StepMeter(self._trial)
         self._snapshotter = Snapshotter(overlap_parts)
+        self._schedule = Schedule(cadence, self._trial, lambda: self._snapshotter.fenced)
         self._newest: SaveHandle | None = None
-        self._last_save = time.monotonic()
         self._passed_over: set[int] = set()
         self._warned: set[BaseException] = set()
         try:
@@ -116,7 +116,7 @@ class Checkpointer:
         except BaseException:
             self._snapshotter.close()
             raise
-        fence.install(self._meter)
+        fence.install(self._schedule.meter)
         _open.add(self)
 
     def __repr__(self) -> str:
@@ -165,15 +165,17 @@ class Checkpointer:
         session = self._session
         handle = SaveHandle(step, session.waiting)
         arena = session.admit(what.size, when_full)
-        self._last_save = time.monotonic()
+        self._schedule.save_begins()
         if arena is None:
             session.skipped(handle)
         else:
             overlap = self._trial.next() if self._trial is not None else self._overlap
             self._newest = handle
-            self._meter.save_begins(overlap)
+            self._schedule.meter.save_begins(overlap)
             session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
         handle.blocked = time.perf_counter() - begun
+        if arena is not None:
+            self._schedule.meter.save_returns(handle.blocked)
         session.tally.returned(handle.blocked)
         return handle
 
@@ -183,6 +185,8 @@ class Checkpointer:
         Raises:
             ValueError: the Checkpointer has no cadence.
         """
+        self._check_usable()
+        self._schedule.meter.step_ends()
         return self.save(step, state, **options) if self.should_save(step) else None
 
     def should_save(self, step: int) -> bool:
@@ -192,9 +196,7 @@ class Checkpointer:
             ValueError: the Checkpointer has no cadence.
         """
         self._check_usable()
-        if self._cadence is None:
-            raise ValueError("maybe_save needs a cadence: Checkpointer(..., cadence=asyncckpt.Every(steps=100))")
-        return self._cadence.due(Moment(arguments.checked_step(step), time.monotonic() - self._last_save))
+        return self._schedule.due(arguments.checked_step(step))
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Take the memory for snapshots of `state` and touch it in the background, so that the first save is quick.
@@ -310,6 +312,7 @@ class Checkpointer:
         """What has been done so far."""
         session = self._session
         tally = session.tally
+        measured = self._schedule.meter.measured
         return Stats(
             saves=tally.saves,
             committed=tally.outcomes["committed"],
@@ -324,6 +327,9 @@ class Checkpointer:
             bytes_committed=tally.bytes_committed,
             seconds_to_committed=tally.seconds_to_committed,
             bytes_per_second=tally.bytes_per_second,
+            step_seconds=measured.step,
+            save_tax=measured.tax,
+            interval=self._schedule.interval,
             arena_bytes=session.arena_bytes,
             overlap=self._trial.choice if self._trial is not None else self._overlap,
             direct_io=tally.direct_io,
@@ -448,7 +454,7 @@ class Checkpointer:
 
     def _save_ended(self, handle: SaveHandle) -> None:
         if handle is self._newest:
-            self._meter.save_ends(committed=handle.outcome == "committed")
+            self._schedule.meter.save_ends(committed=handle.outcome == "committed")
 
 
 @atexit.register

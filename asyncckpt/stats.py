@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from asyncckpt.handle import Outcome, SaveHandle
+from asyncckpt.policy.auto import Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,12 @@ class Stats:
     """Of the last committed save: from `save` until it was committed."""
     bytes_per_second: float | None
     """Of the last committed save: from its first byte written until it was durable."""
+    step_seconds: float | None
+    """One step while no save is in flight; None before one was measured."""
+    save_tax: float | None
+    """What a save costs the training: waits, and slower steps until it is over; the median of the last five."""
+    interval: Interval | None
+    """What `Auto` has chosen, and why; None while it measures, and with any other cadence."""
     arena_bytes: int
     """Memory that snapshots take beside the training."""
     overlap: bool | None

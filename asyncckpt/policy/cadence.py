@@ -13,15 +13,18 @@ class Measured:
     step: float | None = None
     """One step, from one `maybe_save` to the next, while no save is in flight."""
     tax: float | None = None
-    """What one save adds to the training: the wait in `save` and at the fence, and slower steps until it is over."""
+    """What one save adds to the training: the wait in `save` and at the fence, and slower steps until it is over.
+
+    Until that was measured, the wait in the last `save`.
+    """
     to_committed: float | None = None
     """From `save` until that save is committed."""
     saves: int = 0
     """Saves begun."""
     in_flight: bool = False
     """Whether the newest save is not over."""
-    quiet_steps: int = 0
-    """Steps measured since the last save was over."""
+    quiet_steps: int | None = None
+    """Steps measured since the last save was over; None where no step was heard of, by `maybe_save` or an optimizer."""
 
 
 @dataclass(frozen=True, slots=True)

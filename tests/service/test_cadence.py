@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from support.models import train_step, training
 from support.processes import PATIENCE
 from support.torch_states import run
 
@@ -66,3 +67,39 @@ def test_what_is_no_cadence_is_refused(cadence, tmp_path):
 def test_without_a_cadence_asking_is_an_error(tmp_path):
     with run(tmp_path / "run") as ckpt, pytest.raises(ValueError, match="cadence"):
         ckpt.should_save(1)
+
+
+def test_auto_measures_a_real_training_and_says_what_it_chose(tmp_path):
+    state = training()
+    handles = []
+    with run(tmp_path / "run", cadence=asyncckpt.Auto(max_overhead=0.2), keep=asyncckpt.Keep(last=1)) as ckpt:
+        assert ckpt.stats().interval is None
+        deadline = time.monotonic() + PATIENCE
+        step = 0
+        while len(handles) < 12 and time.monotonic() < deadline:
+            step += 1
+            train_step(state)
+            handle = ckpt.maybe_save(step, state)
+            if handle is not None:
+                assert all(earlier.done() for earlier in handles)
+                handles.append(handle)
+        stats = ckpt.stats()
+    assert len(handles) == 12
+    assert stats.step_seconds > 0 and stats.save_tax > 0
+    assert stats.interval.seconds >= stats.save_tax / 0.2 * 0.9
+    assert stats.interval.limit in ("overhead", "drain", "step") and stats.interval.why
+
+
+def test_auto_needs_nobody_but_the_optimizer_to_tell_it_of_steps(tmp_path):
+    """`should_save` and `save` instead of `maybe_save`."""
+    state = training()
+    with run(tmp_path / "run", cadence=asyncckpt.Auto(max_overhead=0.2), keep=asyncckpt.Keep(last=1)) as ckpt:
+        deadline = time.monotonic() + PATIENCE
+        step = 0
+        while ckpt.stats().committed < 4 and time.monotonic() < deadline:
+            step += 1
+            train_step(state)
+            if ckpt.should_save(step):
+                ckpt.save(step, state)
+        assert ckpt.stats().committed == 4
+        assert ckpt.stats().interval is not None

@@ -14,7 +14,7 @@ import asyncckpt
 from asyncckpt import progress
 
 EXPORTED = {
-    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Cadence", "Every", "Moment", "Keep", "RngState", "Run",
+    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Auto", "Cadence", "Every", "Moment", "Keep", "RngState", "Run",
     "load", "open", "restore",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
     "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
