@@ -1,15 +1,16 @@
 """Tensors to arena, in pieces that any number of threads may take.
 
-Large contiguous tensors are moved in slices by `memmove`, which releases the GIL for each; many small ones go by one
-foreach copy; strided ones by torch. As the pieces from the front of the arena are done, `staged` is told how far
-the arena is what it will stay, so that writing begins while copying goes on.
+Large contiguous tensors are moved in slices by `memmove`, which releases the GIL for each; small ones that come to lie
+side by side go by one concatenation into their place; strided ones by torch. As the pieces from the front of the
+arena are done, `staged` is told how far the arena is what it will stay, so that writing begins while copying goes on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,11 +18,13 @@ import torch
 from asyncckpt.errors import CheckpointError
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.arena import Arena
-from asyncckpt.snapshot.plan import PartPlan, Source
+from asyncckpt.snapshot.plan import PartPlan
 
 SLICE = 16 << 20
 SMALL = 64 << 10
 """Tensors up to this many bytes are copied together: the Python around one copy would cost more than the copy."""
+_MANY = 4096
+"""So many at most: torch holds the GIL while it looks through them."""
 _STAGED_STEP = 8 << 20
 
 Piece = tuple[int, Callable[[], None]]
@@ -30,45 +33,59 @@ Piece = tuple[int, Callable[[], None]]
 
 def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> list[Piece]:
     """The pieces that copy the sources `which` of a part whose image begins at `base`."""
-    small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    first = base + plan.image.size
+    small: list[tuple[int, torch.Tensor]] = []
     found: list[Piece] = []
     for i in which:
         entry, source = plan.image.entries[i], plan.sources[i]
         offset = base + entry.offset
         if entry.nbytes == 0:
             continue
-        on_cpu = source.data.device.type == "cpu"
-        if entry.nbytes <= SMALL and on_cpu:
-            small[0].append(_target(arena, offset, source))
-            small[1].append(dtypes.as_plain(source.data))
-            first = min(first, offset)
-        elif source.contiguous and on_cpu:
+        if source.data.device.type != "cpu" or not source.contiguous:
+            plain = dtypes.as_plain(source.data)
+            found.append((offset, partial(_place(arena, offset, plain.shape, plain.dtype).copy_, plain)))  # type: ignore[arg-type]
+        elif entry.nbytes <= SMALL:
+            small.append((offset, dtypes.as_plain(source.data).view(-1)))
+        else:
             for start in range(0, entry.nbytes, SLICE):
                 size = min(SLICE, entry.nbytes - start)
                 found.append((offset + start, partial(_move, arena.address + offset + start, source.data, start, size)))
-        else:
-            found.append((offset, partial(_target(arena, offset, source).copy_, dtypes.as_plain(source.data))))  # type: ignore[arg-type]
-    if small[0]:
-        found.append((first, partial(_copy_many, *small)))
+    small.sort(key=lambda item: item[0])
+    for offset, run in _runs(small):
+        items = sum(t.numel() for t in run)
+        found.append((offset, partial(_copy_many, _place(arena, offset, (items,), run[0].dtype), run)))
     return found
 
 
-def _target(arena: Arena, offset: int, source: Source) -> torch.Tensor:
-    """The place in the arena, as a row-major tensor of the source's shape."""
-    plain = dtypes.as_plain(source.data)
-    size = plain.numel() * plain.dtype.itemsize
-    return arena.bytes[offset : offset + size].view(plain.dtype).view(plain.shape)
+def _runs(small: list[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Tensors of one dtype that lie next to each other in the arena, together, and where they begin."""
+    run: list[torch.Tensor] = []
+    begin = end = 0
+    for offset, tensor in small:
+        if run and (offset != end or tensor.dtype is not run[0].dtype or len(run) == _MANY):
+            yield begin, run
+            run = []
+        if not run:
+            begin = offset
+        run.append(tensor)
+        end = offset + tensor.numel() * tensor.dtype.itemsize
+    if run:
+        yield begin, run
+
+
+def _place(arena: Arena, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A row-major tensor in the arena."""
+    size = math.prod(shape) * dtype.itemsize
+    return arena.bytes[offset : offset + size].view(dtype).view(shape)
 
 
 def _move(target: int, source: torch.Tensor, start: int, size: int) -> None:
     ctypes.memmove(target, _address(source) + start, size)
 
 
-def _copy_many(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def _copy_many(target: torch.Tensor, sources: list[torch.Tensor]) -> None:
     for source in sources:
         _address(source)
-    torch._foreach_copy_(targets, sources)
+    torch.cat(sources, out=target)
 
 
 def _address(source: torch.Tensor) -> int:

@@ -45,7 +45,7 @@ class Part:
             and self.value is not None
             and self.value() is value
             and self.guard.holds(value)
-            and [_place(t) for t in self.live] == self.shape
+            and all(_place(t) == place for t, place in zip(self.live, self.shape, strict=True))
         )
 
 
