@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from asyncckpt.policy.cadence import Every as Every
     from asyncckpt.policy.cadence import Moment as Moment
     from asyncckpt.policy.keep import Keep as Keep
+    from asyncckpt.policy.records import Record as Record
     from asyncckpt.run import Run as Run
     from asyncckpt.run import load as load
     from asyncckpt.run import open as open
@@ -46,6 +47,7 @@ _HOME = {
     "Every": "policy.cadence",
     "Moment": "policy.cadence",
     "Keep": "policy.keep",
+    "Record": "policy.records",
     "RngState": "snapshot.rng",
     "Run": "run",
     "load": "run",

@@ -71,16 +71,8 @@ class Link:
         start = _Start(self._changed)
         kind = ProcessWriter if self._options.process else partial(ThreadWriter, posix=self._options.posix)
         writer = kind(partial(self._hear, start), partial(self._end, start))
-        options, keep = self._options, self._options.keep
-        writer.send(
-            m.Open(
-                options.root,
-                options.lock_timeout,
-                keep.last if keep else None,
-                keep.every if keep else None,
-                options.direct,
-            )
-        )
+        options = self._options
+        writer.send(m.Open(options.root, options.lock_timeout, options.keep, options.direct))
         start.wait()
         with self._changed:
             if start.ended is not None:

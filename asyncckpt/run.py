@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, StateMismatchError
 from asyncckpt.format import names
+from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.read.select import newest
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
@@ -45,6 +46,11 @@ class Run:
     def steps(self) -> list[int]:
         """Committed steps, oldest first, without those of branches that were left by `rewind`."""
         return self._catalog.candidates()[::-1]
+
+    def records(self) -> list[Record]:
+        """What is known of every committed checkpoint, oldest first: damaged ones and those of branches that were left
+        are among them. No byte of theirs is verified but the manifest's."""
+        return self._catalog.records()
 
     def latest(self) -> int | None:
         """The newest of `steps()`; None where nothing is committed. Its bytes have not been verified."""

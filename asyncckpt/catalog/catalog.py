@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import errno
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
-from asyncckpt.format.manifest import MAX_MANIFEST, Manifest, Rewinds, decode_manifest, decode_rewinds
+from asyncckpt.format.manifest import (
+    MAX_MANIFEST,
+    Manifest,
+    Notes,
+    Rewinds,
+    decode_manifest,
+    decode_notes,
+    decode_rewinds,
+)
+from asyncckpt.policy.records import Record
 from asyncckpt.storage.base import Storage
 
 OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR, errno.EAGAIN}
@@ -42,6 +54,63 @@ class Catalog:
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"no checkpoint of step {step} in {self.storage.url}") from None
         return decode_manifest(data, step)
+
+    def notes(self, step: int) -> Notes | None:
+        """What was noted of `step` after its commit, if anything was.
+
+        Raises:
+            CorruptCheckpointError: the notes are damaged.
+        """
+        try:
+            data = self.storage.read(f"{names.step_name(step)}/{names.NOTES}", MAX_MANIFEST)
+        except FileNotFoundError:
+            return None
+        return decode_notes(data, step)
+
+    def records(self) -> list[Record]:
+        """All that are committed, oldest first; damaged ones and those of branches that were left are among them.
+
+        Raises:
+            CorruptCheckpointError: the record of the rewinds is damaged.
+            StorageError: this process may not read, or has no room to.
+        """
+        rewinds = self.rewinds()
+        found = []
+        for step in self.folders():
+            present = self.storage.list(names.step_name(step))
+            if names.MANIFEST in present:
+                record = self._record_of(step, names.NOTES in present, rewinds)
+                found += [record] if record is not None else []
+        return found
+
+    def _record_of(self, step: int, noted: bool, rewinds: Rewinds) -> Record | None:
+        """None where it went while we were looking."""
+        try:
+            manifest = self.manifest(step)
+        except CheckpointNotFoundError:
+            return None
+        except (CorruptCheckpointError, StorageError) as error:
+            return Record(step, damaged=True, doubt=_doubt(error))
+        notes, doubt = None, ""
+        try:
+            notes = self.notes(step) if noted else None
+        except (CorruptCheckpointError, StorageError) as error:
+            doubt = _doubt(error)
+        metrics = _numbers(manifest.metrics)
+        if notes is not None and notes.attempt == manifest.attempt:
+            metrics |= _numbers(notes.metrics)
+        return Record(
+            step=step,
+            attempt=manifest.attempt,
+            sequence=manifest.sequence,
+            created=_time(manifest.created),
+            size=manifest.size,
+            parts=tuple(manifest.parts),
+            metrics=metrics,
+            pinned=notes is not None and notes.pinned,
+            rewound=rewinds.covers(manifest),
+            doubt=doubt,
+        )
 
     def rewinds(self) -> Rewinds:
         """Which branches were left.
@@ -82,3 +151,22 @@ class Catalog:
             return False
         except CheckpointNotFoundError:
             return True
+
+
+def _doubt(error: CorruptCheckpointError | StorageError) -> str:
+    """In words, what can't be read; an error of the process that reads is raised."""
+    if isinstance(error, StorageError) and error.errno in OURS:
+        raise error
+    return str(error)
+
+
+def _numbers(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+        return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None

@@ -13,7 +13,8 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
-from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.keep import Keep, judge, sound
+from asyncckpt.policy.records import Record
 from asyncckpt.storage.base import Storage
 
 log = logging.getLogger("asyncckpt")
@@ -92,20 +93,36 @@ class Custody:
         """Remove the attempt that a commit replaced; apply retention. Returns the steps retired."""
         if replaced is not None and replaced != manifest.attempt:
             self.storage.remove_folder(f"{names.step_name(manifest.step)}/{replaced}")
-        return self._retire()
+        return self.retire()
 
-    def _retire(self) -> list[int]:
+    def retire(self) -> list[int]:
+        """Delete what the policy lets go, branches that were left first. Returns the steps."""
         if self.keep is None:
             return []
-        candidates = self.catalog.candidates()
-        safe = max(self.verified.intersection(candidates), default=None)
-        if safe is None:
-            return []
-        rewound = set(self.catalog.committed()).difference(candidates)
-        retired = sorted(rewound) + [s for s in self.keep.retire(candidates) if s != safe]
+        records = self.catalog.records()
+        safe = self._safe(records)
+        verdicts = judge(records, self.keep)
+        going = [r for r in records if safe and not verdicts[r.step].stays and r.step not in safe]
+        retired = [r.step for r in sorted(going, key=lambda r: not r.rewound)]
         for step in retired:
             self.delete(step)
         return retired
+
+    def _safe(self, records: list[Record]) -> set[int]:
+        """The newest verified of each kind that a restore may want; of a kind none of which is verified, all.
+
+        Empty where nothing at all is verified: then nothing may be deleted.
+        """
+        candidates = [r for r in records if not r.rewound and not r.damaged]
+        if not any(r.step in self.verified for r in candidates):
+            return set()
+        whole = [r for r in candidates if r.complete]
+        safe: set[int] = set()
+        for kind in (candidates, whole, [r for r in whole if sound(r)]):
+            steps = {r.step for r in kind}
+            verified = steps & self.verified
+            safe |= {max(verified)} if verified else steps
+        return safe
 
     def delete(self, step: int) -> None:
         """Make `step` not exist, then remove its bytes."""

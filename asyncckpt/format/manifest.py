@@ -106,7 +106,20 @@ class Rewinds(msgspec.Struct, frozen=True):
         return max((r.sequence for r in self.rewinds), default=0)
 
 
-def encode(record: Manifest | PrepareRecord | Rewinds) -> bytes:
+class Notes(msgspec.Struct, frozen=True):
+    """What was said of a committed step later. The manifest never changes; these do.
+
+    `metrics` are those of the save `attempt`, and mean nothing for another; a pin is one of the step.
+    """
+
+    step: int
+    attempt: str
+    pinned: bool = False
+    metrics: Mapping[str, float | None] = {}
+    format: int = VERSION
+
+
+def encode(record: Manifest | PrepareRecord | Rewinds | Notes) -> bytes:
     return seal(record)
 
 
@@ -181,3 +194,16 @@ def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
 
 def decode_rewinds(data: bytes) -> Rewinds:
     return unseal(data, Rewinds, names.REWINDS)
+
+
+def decode_notes(data: bytes, step: int) -> Notes:
+    """The notes of `step`.
+
+    Raises:
+        CorruptCheckpointError: broken seal, or of another step.
+    """
+    what = f"{names.NOTES} of step {step}"
+    notes = unseal(data, Notes, what)
+    if notes.step != step or not names.is_attempt(notes.attempt):
+        raise CorruptCheckpointError(f"{what}: it belongs to another step", step=step)
+    return notes

@@ -7,6 +7,7 @@ import secrets
 
 MANIFEST = "manifest.json"
 RECORD = "state.json"
+NOTES = "notes.json"
 REWINDS = "rewinds.json"
 LOCK = ".asyncckpt.lock"
 SUFFIX = ".safetensors"

@@ -14,6 +14,7 @@ from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import digest
 from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.read.select import newest
 from asyncckpt.storage.local import LocalStorage
@@ -88,7 +89,7 @@ class Promises:
                 self.may[step] = saving[saving.index(content) :]
                 self.must.add(step)
                 if self.keep is not None:
-                    self.must.difference_update(self.keep.retire(self.may))
+                    self.must.difference_update(self.keep.retire([Record(step) for step in self.may]))
             case Deleting(step):
                 self.must.discard(step)
             case Deleted(step):

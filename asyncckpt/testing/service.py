@@ -67,8 +67,7 @@ class ServiceDriver:
         self._dead: str | None = None
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
-        last, every = (keep.last, keep.every) if keep is not None else (None, None)
-        self._writer.send(m.Open(root, 5.0, last, every, direct))
+        self._writer.send(m.Open(root, 5.0, keep, direct))
         opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
         if isinstance(opened, m.Refused):
             self._writer.join(PATIENCE)

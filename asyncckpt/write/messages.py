@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from asyncckpt import errors
+from asyncckpt.policy.keep import Keep
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -45,8 +46,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
 
     root: str
     lock_timeout: float
-    keep_last: int | None = None
-    keep_every: int | None = None
+    keep: Keep | None = None
     direct: bool = True
 
 

@@ -23,7 +23,6 @@ from asyncckpt.catalog.ownership import RunLock
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, encode
-from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
@@ -160,9 +159,8 @@ class Service:
             self._reply(m.Refused(m.Fault.of(error)))
             return
         try:
-            keep = Keep(open_.keep_last, open_.keep_every) if open_.keep_last is not None else None
             try:
-                self._custody = await self._workers.run(Custody, storage, keep)
+                self._custody = await self._workers.run(Custody, storage, open_.keep)
             except (CheckpointError, OSError) as error:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return

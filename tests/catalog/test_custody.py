@@ -14,6 +14,7 @@ from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.format import names
 from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
@@ -187,7 +188,7 @@ def test_retention_keeps_what_the_policy_keeps_and_the_newest_verified(
     retired = custody.after_commit(manifests[max(steps)], None)
     left = Catalog(storage).committed()
     newest = max(verified & steps, default=None)
-    expected = set() if newest is None else set(Keep(last, every).retire(steps)) - {newest}
+    expected = set() if newest is None else set(Keep(last, every).retire([Record(step) for step in steps])) - {newest}
     assert set(retired) == expected and set(left) == steps - expected
     assert newest is None or newest in left
     for step in left:

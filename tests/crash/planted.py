@@ -14,6 +14,7 @@ from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Chunk, digest
+from asyncckpt.policy.records import Record
 from asyncckpt.read import select
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.session import Session
@@ -89,7 +90,7 @@ def retention_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def retire_first(self: Service, custody: Custody, save: pipeline.Save, prepared: pipeline.Prepared) -> Any:
         assert custody.keep is not None
-        for step in custody.keep.retire([*custody.catalog.candidates(), save.begin.step]):
+        for step in custody.keep.retire([*custody.catalog.records(), Record(save.begin.step)]):
             custody.delete(step)
         return publish(self, custody, save, prepared)
 

@@ -6,40 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt.policy.cadence import Every, Moment
-from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
-
-STEPS = st.lists(st.integers(0, 10_000), unique=True)
-COUNTS = st.integers(1, 20)
-
-
-@given(STEPS, COUNTS, st.none() | COUNTS)
-def test_keep_keeps_exactly_the_last_and_the_multiples(steps: list[int], last: int, every: int | None) -> None:
-    retired = Keep(last, every).retire(steps)
-    kept = set(steps).difference(retired)
-    newest = set(sorted(steps)[-last:])
-    assert kept == newest | {s for s in steps if every is not None and s % every == 0}
-    assert retired == sorted(set(retired)) and set(retired) <= set(steps)
-    assert not steps or max(steps) in kept
-
-
-@given(STEPS, COUNTS, st.none() | COUNTS)
-def test_retiring_twice_retires_nothing_more(steps: list[int], last: int, every: int | None) -> None:
-    keep = Keep(last, every)
-    assert keep.retire(set(steps).difference(keep.retire(steps))) == []
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, 3.0, "3", True, False, float("nan")])
-def test_keep_refuses_what_is_no_count(value: Any) -> None:
-    with pytest.raises(ValueError, match="whole number"):
-        Keep(last=value)
-    with pytest.raises(ValueError, match="whole number"):
-        Keep(every=value)
-
-
-def test_keep_refuses_to_keep_no_last() -> None:
-    with pytest.raises(ValueError, match="whole number"):
-        Keep(last=None)  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 500), st.floats(0, 1e6), st.floats(0, 1e9))

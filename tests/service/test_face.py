@@ -15,7 +15,7 @@ from asyncckpt import progress
 
 EXPORTED = {
     "Checkpointer", "SaveHandle", "Timeline", "Stats", "Auto", "Cadence", "Every", "Moment", "Keep", "RngState", "Run",
-    "load", "open", "restore",
+    "load", "open", "restore", "Record",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
     "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
 }  # fmt: skip

@@ -51,9 +51,18 @@ def image_of(arrays: Mapping[str, np.ndarray[Any, Any]]) -> tuple[Image, bytes]:
 
 
 def write_attempt(
-    storage: Storage, step: int, parts: Mapping[str, Part], *, sequence: int | None = None, chunk_size: int = PAGE
+    storage: Storage,
+    step: int,
+    parts: Mapping[str, Part],
+    *,
+    sequence: int | None = None,
+    chunk_size: int = PAGE,
+    **members: Any,
 ) -> Manifest:
-    """Everything of a checkpoint but the commit. Publishing the manifest that it returns commits it."""
+    """Everything of a checkpoint but the commit. Publishing the manifest that it returns commits it.
+
+    `members` are other members of the manifest.
+    """
     attempt = names.new_attempt()
     folder = f"{names.step_name(step)}/{attempt}"
     storage.begin(folder)
@@ -78,6 +87,7 @@ def write_attempt(
     storage.put(f"{folder}/{names.RECORD}", record)
     storage.settle(folder)
     files[names.RECORD] = FileRecord(len(record), digest(record))
+    members.setdefault("created", "2026-01-01T00:00:00.000+00:00")
     return Manifest(
         step=step,
         attempt=attempt,
@@ -85,7 +95,7 @@ def write_attempt(
         world=1,
         parts=list(parts),
         files=files,
-        created="2026-01-01T00:00:00.000+00:00",
+        **members,
     )
 
 
@@ -97,9 +107,10 @@ def commit(
     sequence: int | None = None,
     chunk_size: int = PAGE,
     replace: bool = False,
+    **members: Any,
 ) -> Manifest:
     """A committed checkpoint; without `parts` a small one whose bytes depend on `step`."""
-    manifest = write_attempt(storage, step, parts or small(step), sequence=sequence, chunk_size=chunk_size)
+    manifest = write_attempt(storage, step, parts or small(step), sequence=sequence, chunk_size=chunk_size, **members)
     storage.publish(f"{names.step_name(step)}/{names.MANIFEST}", encode(manifest), replace=replace)
     return manifest
 
