@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncckpt.checkpointer import Checkpointer as Checkpointer
+    from asyncckpt.errors import CheckpointBusyError as CheckpointBusyError
     from asyncckpt.errors import CheckpointError as CheckpointError
     from asyncckpt.errors import CheckpointExistsError as CheckpointExistsError
     from asyncckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
@@ -53,6 +54,7 @@ _HOME = {
     "load": "run",
     "open": "run",
     "restore": "run",
+    "CheckpointBusyError": "errors",
     "CheckpointError": "errors",
     "CheckpointExistsError": "errors",
     "CheckpointNotFoundError": "errors",

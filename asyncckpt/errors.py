@@ -19,6 +19,10 @@ class CheckpointExistsError(CheckpointError, FileExistsError):
     """This step is committed already, and `overwrite=True` was not given."""
 
 
+class CheckpointBusyError(CheckpointError):
+    """The checkpoint is pinned, or somebody reads it, so it was not deleted."""
+
+
 class CorruptCheckpointError(CheckpointError, ValueError):
     """Stored bytes are not what was committed. Nothing of them was used.
 

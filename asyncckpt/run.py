@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from asyncckpt.arguments import checked_metrics, checked_step
+from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, StateMismatchError
 from asyncckpt.format import names
@@ -34,7 +36,7 @@ class Loaded:
 
 
 class Run:
-    """The checkpoints below `directory`. Every call looks anew; nothing is ever written."""
+    """The checkpoints below `directory`. Every call looks anew; only `annotate`, `pin` and `unpin` write."""
 
     def __init__(self, directory: Directory) -> None:
         self.storage = LocalStorage(check_directory(directory))
@@ -78,8 +80,32 @@ class Run:
             CorruptCheckpointError: where a byte is not what was committed.
         """
         step = self._given_or_latest(step)
-        CheckpointReader(self._catalog, step).verify()
+        with CheckpointReader(self._catalog, step) as reader:
+            reader.verify()
         return step
+
+    def annotate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Durably add `metrics` to those of a committed step; of the same name, the later one counts.
+
+        Raises:
+            CheckpointNotFoundError: this step is not committed.
+            CorruptCheckpointError: its manifest or its notes are damaged. Nothing was changed.
+            TypeError: a metric is no number.
+        """
+        notes.annotate(self._catalog, checked_step(step), checked_metrics(metrics))
+
+    def pin(self, step: int) -> None:
+        """Durably keep a committed step from every policy and from `delete`, until `unpin`.
+
+        Raises:
+            CheckpointNotFoundError: this step is not committed.
+            CorruptCheckpointError: its manifest or its notes are damaged. Nothing was changed.
+        """
+        notes.pin(self._catalog, checked_step(step))
+
+    def unpin(self, step: int) -> None:
+        """Take back `pin`. Raises as that does."""
+        notes.pin(self._catalog, checked_step(step), False)
 
     def load(
         self, step: int | None = None, *, parts: Iterable[str] | None = None, keys: Iterable[str] | None = None
@@ -147,11 +173,11 @@ class Run:
         """Read and verify `parts` of `step`, or of the newest step that verifies; None where nothing is committed."""
 
         def read(step: int) -> dict[str, Any]:
-            reader = CheckpointReader(self._catalog, step)
-            chosen = _choose(reader, parts, whole, strict)
-            if keys is not None:
-                return {part: rebuild_tensors(reader, part, keys) for part in chosen}
-            return {part: rebuild_part(reader, part) for part in chosen}
+            with CheckpointReader(self._catalog, step) as reader:
+                chosen = _choose(reader, parts, whole, strict)
+                if keys is not None:
+                    return {part: rebuild_tensors(reader, part, keys) for part in chosen}
+                return {part: rebuild_part(reader, part) for part in chosen}
 
         if step is not None:
             return Loaded(step, read(step), {})

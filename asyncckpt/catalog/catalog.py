@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,8 +20,9 @@ from asyncckpt.format.manifest import (
     decode_rewinds,
 )
 from asyncckpt.policy.records import Record
-from asyncckpt.storage.base import Storage
+from asyncckpt.storage.base import Hold, Storage
 
+log = logging.getLogger("asyncckpt")
 OURS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EINTR, errno.EAGAIN}
 """Errors that speak of the process that reads, not of what it reads."""
 
@@ -111,6 +113,14 @@ class Catalog:
             rewound=rewinds.covers(manifest),
             doubt=doubt,
         )
+
+    def hold(self, step: int) -> Hold | None:
+        """Keep `step` from being deleted while it is read. None where that can't be had: reading goes on without it."""
+        try:
+            return self.storage.hold(names.step_name(step))
+        except (FileNotFoundError, StorageError) as error:
+            log.debug("step %d is read unheld: %s", step, error)
+            return None
 
     def rewinds(self) -> Rewinds:
         """Which branches were left.

@@ -2,7 +2,8 @@
 
 Deleting makes a checkpoint not exist first (its manifest, durably), and removes bytes after. The newest verified
 checkpoint is never deleted by retention; *verified* means made durable by this process, or digest-checked since its
-start. No clock and no file time is ever asked.
+start. What is pinned or being read, by whatever process, is not deleted at all. No clock and no file time is ever
+asked.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from __future__ import annotations
 import logging
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from asyncckpt.errors import CheckpointBusyError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
 from asyncckpt.policy.keep import Keep, judge, sound
 from asyncckpt.policy.records import Record
-from asyncckpt.storage.base import Storage
+from asyncckpt.storage.base import Hold, Storage
 
 log = logging.getLogger("asyncckpt")
 
@@ -30,6 +31,8 @@ class Custody:
         self.verified: set[int] = set()
         self.active: set[str] = set()
         """Folders of the attempts that are being written now: never leftovers."""
+        self._postponed: set[int] = set()
+        """Steps that were being read when something of theirs was to be removed."""
         self._sequence = self._highest_sequence()
 
     def _highest_sequence(self) -> int:
@@ -54,26 +57,53 @@ class Custody:
             self.sweep_step(step)
 
     def sweep_step(self, step: int) -> None:
-        """`sweep`, for one step."""
+        """`sweep`, for one step. Of one that somebody reads nothing goes: it may be an attempt that was replaced."""
         folder = names.step_name(step)
+        if names.MANIFEST not in self.storage.list(folder):
+            self._clear_uncommitted(folder)
+            return
+        held = self._alone(folder)
+        if held is None:
+            self._postponed.add(step)
+            return
+        with held:
+            self._clear_replaced(step, folder)
+
+    def _alone(self, folder: str) -> Hold | None:
+        """A hold of `folder` that keeps readers out; None where there are some."""
+        return self.storage.hold(folder, exclusive=True, wait=False)
+
+    def _clear_uncommitted(self, folder: str) -> None:
         present = self.storage.list(folder)
-        keep = None
-        if names.MANIFEST in present:
-            try:
-                keep = self.catalog.manifest(step).attempt
-            except (CorruptCheckpointError, CheckpointNotFoundError):
-                return
-        elif any(map(names.is_attempt, present)):
+        if any(map(names.is_attempt, present)):
             self.storage.delete(f"{folder}/{names.MANIFEST}")  # an unlink that was cut short may not be durable
+        for name in present:
+            if names.is_attempt(name) and f"{folder}/{name}" not in self.active:
+                self.storage.remove_folder(f"{folder}/{name}")
+            elif names.is_temporary(name) or (name == names.NOTES and self._is_ours(folder)):
+                self.storage.delete(f"{folder}/{name}")
+        self.storage.remove_folder(folder)
+
+    def _is_ours(self, folder: str) -> bool:
+        """Whether the notes in `folder` are notes of ours, and not a foreign file of that name."""
+        try:
+            return self.catalog.notes(names.parse_step(folder) or 0) is not None
+        except CorruptCheckpointError:
+            return False
+
+    def _clear_replaced(self, step: int, folder: str) -> None:
+        present = self.storage.list(folder)
+        try:
+            keep = self.catalog.manifest(step).attempt
+        except (CorruptCheckpointError, CheckpointNotFoundError):
+            return
         stale = [n for n in present if names.is_attempt(n) and n != keep and f"{folder}/{n}" not in self.active]
-        if stale and keep is not None:
+        if stale:
             self.storage.settle(f"{folder}/{stale[0]}")  # the manifest that took their place may not be durable
         for name in stale:
             self.storage.remove_folder(f"{folder}/{name}")
         for name in filter(names.is_temporary, present):
             self.storage.delete(f"{folder}/{name}")
-        if keep is None:
-            self.storage.remove_folder(folder)
 
     def trust(self, step: int) -> None:
         """A reader has digest-checked `step`: once its names are durable too, retention may rely on it."""
@@ -92,8 +122,20 @@ class Custody:
     def after_commit(self, manifest: Manifest, replaced: str | None) -> list[int]:
         """Remove the attempt that a commit replaced; apply retention. Returns the steps retired."""
         if replaced is not None and replaced != manifest.attempt:
-            self.storage.remove_folder(f"{names.step_name(manifest.step)}/{replaced}")
+            self._remove_replaced(manifest.step, replaced)
+        postponed, self._postponed = self._postponed, set()
+        for step in postponed:
+            self.sweep_step(step)
         return self.retire()
+
+    def _remove_replaced(self, step: int, attempt: str) -> None:
+        folder = names.step_name(step)
+        held = self._alone(folder)
+        if held is None:
+            self._postponed.add(step)
+            return
+        with held:
+            self.storage.remove_folder(f"{folder}/{attempt}")
 
     def retire(self) -> list[int]:
         """Delete what the policy lets go, branches that were left first. Returns the steps."""
@@ -103,9 +145,14 @@ class Custody:
         safe = self._safe(records)
         verdicts = judge(records, self.keep)
         going = [r for r in records if safe and not verdicts[r.step].stays and r.step not in safe]
-        retired = [r.step for r in sorted(going, key=lambda r: not r.rewound)]
-        for step in retired:
-            self.delete(step)
+        retired = []
+        for record in sorted(going, key=lambda r: not r.rewound):
+            try:
+                self.delete(record.step)
+            except CheckpointBusyError as error:
+                log.debug("retention: %s", error)
+            else:
+                retired.append(record.step)
         return retired
 
     def _safe(self, records: list[Record]) -> set[int]:
@@ -125,11 +172,27 @@ class Custody:
         return safe
 
     def delete(self, step: int) -> None:
-        """Make `step` not exist, then remove its bytes."""
+        """Make `step` not exist, then remove its bytes.
+
+        Raises:
+            CheckpointBusyError: it is pinned, or being read.
+            CorruptCheckpointError: its notes are damaged, so that it may be pinned.
+        """
         folder = names.step_name(step)
-        self.verified.discard(step)
-        self.storage.delete(f"{folder}/{names.MANIFEST}")
+        if names.MANIFEST in self.storage.list(folder):
+            held = self._alone(folder)
+            if held is None:
+                raise CheckpointBusyError(f"step {step} of {self.storage.url} is being read; delete it later")
+            with held:  # nobody can begin to read it, or pin it, until it does not exist
+                self._check_unpinned(step)
+                self.verified.discard(step)
+                self.storage.delete(f"{folder}/{names.MANIFEST}")
         self.sweep_step(step)
+
+    def _check_unpinned(self, step: int) -> None:
+        notes = self.catalog.notes(step)
+        if notes is not None and notes.pinned:
+            raise CheckpointBusyError(f"step {step} of {self.storage.url} is pinned; unpin it first")
 
     def rewind(self, step: int) -> None:
         """Durably take all checkpoints after `step` that exist now out of what a restore may choose."""

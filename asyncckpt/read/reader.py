@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import msgspec
 import xxhash
@@ -33,6 +34,8 @@ class PartImage:
 class CheckpointReader:
     """The checkpoint of `step`. Opening it reads and verifies its manifest and prepare record.
 
+    Until it is closed the run's owner deletes nothing that it reads, whichever process it is in.
+
     Raises:
         CheckpointNotFoundError: this step is not committed.
         CorruptCheckpointError: a record is damaged.
@@ -40,9 +43,20 @@ class CheckpointReader:
 
     def __init__(self, catalog: Catalog, step: int) -> None:
         self._storage = catalog.storage
+        self._hold = catalog.hold(step)
         self.manifest: Manifest = catalog.manifest(step)
         self._folder = f"{names.step_name(step)}/{self.manifest.attempt}"
         self._record: PrepareRecord = self._read_record()
+
+    def close(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def step(self) -> int:

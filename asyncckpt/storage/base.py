@@ -33,6 +33,17 @@ class ReadableFile(Protocol):
     def close(self) -> None: ...
 
 
+class Hold(Protocol):
+    """A folder that is held; a context manager, which lets go at its end."""
+
+    def close(self) -> None:
+        """Let go. A second call does nothing."""
+
+    def __enter__(self) -> Hold: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
 class Storage(Protocol):
     @property
     def url(self) -> str:
@@ -74,6 +85,13 @@ class Storage(Protocol):
         """Remove from one folder what the grammar allows there (data files only in that of an attempt).
 
         Then the folder, where that left it empty. What is foreign stays, without an error.
+        """
+
+    def hold(self, folder: str, *, exclusive: bool = False, wait: bool = True) -> Hold | None:
+        """Hold `folder`, together with others, or `exclusive` of them: for what reads, and for what removes.
+
+        It is let go of when the holder's process ends, however it ends. `None` where others hold it in a way that
+        excludes this and it is not to `wait`. `FileNotFoundError` where there is no such folder.
         """
 
     def free_bytes(self) -> int | None:

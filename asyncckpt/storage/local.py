@@ -265,12 +265,49 @@ class LocalStorage:
                     raise
                 log.info("%s is not ours, or holds files that are not; left alone", path)
 
+    def hold(self, folder: str, *, exclusive: bool = False, wait: bool = True) -> LocalHold | None:
+        path = self.path(folder)
+        with _named("lock", path):
+            self._refuse_links(f"{folder}/")
+            while True:
+                try:
+                    held = LocalHold(self.posix, self.posix.lock(path, exclusive, wait))
+                except BlockingIOError:
+                    return None
+                if self.posix.same(held.fd, path):
+                    return held
+                held.close()  # it was removed, and maybe made anew, while we waited
+
     def free_bytes(self) -> int | None:
         path = self.root
         while not os.path.isdir(path):
             path = os.path.dirname(path)
         with _named("stat", path):
             return self.posix.free_bytes(path)
+
+
+class LocalHold:
+    """A folder's lock, let go of at the latest when nobody refers to it any more."""
+
+    def __init__(self, posix: Posix, fd: int) -> None:
+        self._posix, self.fd = posix, fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            try:
+                self._posix.close(fd)
+            except OSError as error:  # the descriptor, and the lock with it, is gone all the same
+                log.warning("closing a lock: %s", error)
+
+    def __enter__(self) -> LocalHold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class LocalWritable:

@@ -114,6 +114,27 @@ class Posix:
     def is_link(self, path: str) -> bool:
         return os.path.islink(path)
 
+    def lock(self, path: str, exclusive: bool, wait: bool) -> int:
+        """A directory, open and locked: shared, or `exclusive`. `BlockingIOError` where it is taken and not to `wait`.
+
+        The kernel drops the lock with the descriptor, so with the process, however that ends.
+        """
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            fcntl.flock(fd, kind if wait else kind | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def same(self, fd: int, path: str) -> bool:
+        """Whether `fd` is what `path` names now."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(path))
+        except FileNotFoundError:
+            return False
+
     def free_bytes(self, path: str) -> int:
         info = os.statvfs(path)
         return info.f_bavail * info.f_frsize

@@ -12,7 +12,7 @@ CHANGES = (
     "close", "rename", "link", "unlink", "rmdir",
 )  # fmt: skip
 """The verbs that change a disk, or say when it has to be durable."""
-LOOKS = ("listdir", "open", "size", "preadv", "cached", "is_directory", "free_bytes")
+LOOKS = ("listdir", "open", "size", "preadv", "cached", "is_directory", "lock", "free_bytes")
 VERBS = CHANGES + LOOKS
 
 
@@ -90,6 +90,10 @@ class PosixWrapper(Posix):
     def is_directory(self, path: str) -> bool:
         answer: bool = self._pass("is_directory", path)
         return answer
+
+    def lock(self, path: str, exclusive: bool, wait: bool) -> int:
+        fd: int = self._pass("lock", path, exclusive, wait)
+        return fd
 
     def free_bytes(self, path: str) -> int:
         free: int = self._pass("free_bytes", path)

@@ -31,7 +31,9 @@ class Fault(msgspec.Struct, frozen=True):
             return cls("ConflictError", str(error), {"pid": error.pid})
         if isinstance(error, errors.CorruptCheckpointError):
             return cls("CorruptCheckpointError", str(error), {"step": error.step})
-        if isinstance(error, errors.CheckpointExistsError | errors.CheckpointNotFoundError):
+        if isinstance(
+            error, errors.CheckpointExistsError | errors.CheckpointNotFoundError | errors.CheckpointBusyError
+        ):
             return cls(type(error).__name__, str(error))
         return cls("StorageError", f"{type(error).__name__}: {error}")
 

@@ -18,6 +18,7 @@ EXPORTED = {
     "load", "open", "restore", "Record",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
     "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
+    "CheckpointBusyError",
 }  # fmt: skip
 
 
