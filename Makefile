@@ -31,7 +31,9 @@ torture: $(READY) ## the crash tests in their long form, and how long that takes
 	@echo "about $(TORTURE_MINUTES) minutes on two cores: power cuts, kills and errors at every storage operation"
 	ASYNCCKPT_TORTURE=$(TORTURE) $(BIN)/python -m pytest -n 2 -s tests/crash
 
-fuzz: $(READY)    ## hostile checkpoints for FUZZ_MINUTES minutes (10)
+fuzz: $(READY)    ## hostile checkpoints for FUZZ_MINUTES minutes (10), guided by atheris where that can be installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]' \
+		|| echo "atheris can't be installed for this Python"
 	cd tests && ../$(BIN)/python -m hostile.fuzz --minutes $(FUZZ_MINUTES)
 
 coverage: $(READY) ## the branches of format/ and codec/ that their own and the hostile tests reach; 90 % of each are demanded

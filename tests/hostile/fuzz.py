@@ -1,7 +1,8 @@
-"""The long form: `python -m hostile.fuzz --minutes 10`, in the folder `tests`. Each case is its seed.
+"""The long form: `python -m hostile.fuzz --minutes 10`, in the folder `tests`.
 
-Cases run in a child process with a cap on its address space, and each case has its time, so that what crashes, hangs
-or takes memory is seen, and the seed of it known.
+Where atheris is installed, it is guided by what the cases reach: see `guided`. Else cases are random, and each is its
+seed. They run in a child process with a cap on its address space, and each has its time, so that what crashes, hangs or
+takes memory is seen, and the seed of it known.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import faulthandler
+import importlib.util
 import json
 import random
 import resource
@@ -122,18 +124,35 @@ def _long(minutes: float, seed: int) -> None:
         )
 
 
+def _guided(minutes: float) -> None:
+    """Raises `Found` where a case broke a promise; it is then kept as a file."""
+    place = Path(__file__).parents[2] / "runs" / "fuzz"
+    print(f"{minutes:g} minutes of changed and sealed checkpoints, guided by atheris; in {place}", flush=True)
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "hostile.guided", str(place), str(round(60 * minutes))]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        raise Found(f"exit status {done.returncode}: `python -m hostile.guided FILE` does the case in FILE again")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=None, help="random cases from this seed on")
+    parser.add_argument("--random", action="store_true", help="random cases, though atheris is there")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--attacks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         folder, start, stop = args.child
         _child(Path(folder), range(int(start), int(stop)), args.attacks)
-        return
+        return None
+    if importlib.util.find_spec("atheris") is not None and args.seed is None and not args.random:
+        return _guided(args.minutes)
+    if not args.random:
+        print("atheris is not installed (the extra `fuzz`), or a seed was given: the cases are random")
     _long(args.minutes, random.randrange(1 << 40) if args.seed is None else args.seed)
+    return None
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def _raw_header(forgery: Forgery, chance: random.Random) -> None:
     """Bytes of an image, the length field and the text of the header among them."""
     part = chance.choice(list(forgery.headers))
     data = bytearray(image(forgery.headers[part], b""))
-    for _ in range(chance.randrange(1, 4)):
+    for _ in range(chance.randrange(1, 4) if data else 0):
         data[chance.randrange(min(len(data), chance.choice([8, 300, len(data)])))] = chance.randrange(256)
     forgery.headers[part] = bytes(data[: chance.choice([len(data), len(data), 0, 7, 8, 9, 100])])
 
