@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asyncckpt.policy.cadence import Moment as Moment
     from asyncckpt.policy.keep import Keep as Keep
     from asyncckpt.policy.records import Record as Record
+    from asyncckpt.preemption import Preemption as Preemption
     from asyncckpt.run import Run as Run
     from asyncckpt.run import load as load
     from asyncckpt.run import open as open
@@ -49,6 +50,7 @@ _HOME = {
     "Moment": "policy.cadence",
     "Keep": "policy.keep",
     "Record": "policy.records",
+    "Preemption": "preemption",
     "RngState": "snapshot.rng",
     "Run": "run",
     "load": "run",

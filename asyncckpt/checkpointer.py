@@ -11,11 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from asyncckpt import arguments, progress
+from asyncckpt import arguments, progress, signals
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
@@ -23,6 +24,7 @@ from asyncckpt.policy.auto import Auto
 from asyncckpt.policy.cadence import Cadence
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.overlap import OverlapTrial
+from asyncckpt.preemption import Notice, Preemption, Watch, announce, report
 from asyncckpt.run import Directory, Filling, Run
 from asyncckpt.schedule import Schedule
 from asyncckpt.session import Session, WhenFull
@@ -48,6 +50,8 @@ class Checkpointer:
     Args:
         directory: where checkpoints are kept; made by the first save, with its parents.
         cadence: when `maybe_save` saves: `Every`, `Auto`, or any object with the method of `Cadence`.
+        preempt: what counts as a notice to leave, such as `Preemption()`, which installs signal handlers; without it,
+            no signal is touched. See `preempted`.
         keep: which checkpoints stay; without it, all.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
@@ -75,6 +79,7 @@ class Checkpointer:
         directory: Directory,
         *,
         cadence: Cadence | Auto | None = None,
+        preempt: Preemption | None = None,
         keep: Keep | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
@@ -92,6 +97,8 @@ class Checkpointer:
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
+        if preempt is not None and not isinstance(preempt, Preemption):
+            raise TypeError(f"preempt={preempt!r}: give asyncckpt.Preemption()")
         if memory_limit is not None:
             arguments.check_whole("memory_limit", memory_limit)
         if not lock_timeout >= 0:
@@ -105,7 +112,8 @@ class Checkpointer:
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
         self._snapshotter = Snapshotter(overlap_parts)
-        self._schedule = Schedule(cadence, self._trial, lambda: self._snapshotter.fenced)
+        self._watch = Watch(preempt, self._notice_came) if preempt is not None else None
+        self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced)
         self._newest: SaveHandle | None = None
         self._passed_over: set[int] = set()
         self._warned: set[BaseException] = set()
@@ -118,6 +126,8 @@ class Checkpointer:
             raise
         fence.install(self._schedule.meter)
         _open.add(self)
+        if self._watch is not None:
+            self._watch.start()
 
     def __repr__(self) -> str:
         return f"Checkpointer({self._run.storage.url!r})"
@@ -154,6 +164,7 @@ class Checkpointer:
         """
         called, begun = time.time(), time.perf_counter()
         self._check_usable()
+        notice = self._schedule.notice
         self._report_failures()
         step = arguments.checked_step(step)
         when_full = self._when_full if when_full is None else when_full
@@ -175,28 +186,45 @@ class Checkpointer:
             session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
         handle.blocked = time.perf_counter() - begun
         if arena is not None:
+            self._schedule.answer(notice)
             self._schedule.meter.save_returns(handle.blocked)
         session.tally.returned(handle.blocked)
         return handle
 
     def maybe_save(self, step: int, state: Mapping[str, Any], **options: Any) -> SaveHandle | None:
-        """`save`, with the same options, if the cadence says so; else None.
+        """`save`, with the same options, if the cadence says so, or a notice to leave has come; else None.
+
+        The first call after a notice saves at once, with `when_full="wait"`; an earlier save that failed is then told
+        by the log, and raised by `close`.
 
         Raises:
-            ValueError: the Checkpointer has no cadence.
+            ValueError: the Checkpointer has neither a cadence nor `preempt`.
         """
         self._check_usable()
         self._schedule.meter.step_ends()
-        return self.save(step, state, **options) if self.should_save(step) else None
+        reason = self._schedule.decide(arguments.checked_step(step))
+        if reason is None:
+            return None
+        if reason == "cadence":
+            return self.save(step, state, **options)
+        return self._save_before_leaving(step, state, options)
 
     def should_save(self, step: int) -> bool:
         """Whether `maybe_save(step, ...)` would save. Asking changes nothing.
 
         Raises:
-            ValueError: the Checkpointer has no cadence.
+            ValueError: the Checkpointer has neither a cadence nor `preempt`.
         """
         self._check_usable()
-        return self._schedule.due(arguments.checked_step(step))
+        return self._schedule.decide(arguments.checked_step(step)) is not None
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a notice to leave has come (see `Preemption`), and a save was begun since: time to break the loop.
+
+        A notice that comes between `maybe_save` and the look at this counts at the next step, which is saved then.
+        """
+        return self._schedule.answered
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Take the memory for snapshots of `state` and touch it in the background, so that the first save is quick.
@@ -373,11 +401,16 @@ class Checkpointer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await asyncio.to_thread(self.__exit__, kind, error, traceback)
+        try:
+            await asyncio.to_thread(self.__exit__, kind, error, traceback)
+        finally:
+            signals.settle()
 
     def _end(self) -> None:
         self._closed = True
         _open.discard(self)
+        if self._watch is not None:
+            self._watch.close()
         self._session.close()
         self._snapshotter.close()
 
@@ -406,6 +439,9 @@ class Checkpointer:
         failed = [e for e in self._session.failures(take=False) if not isinstance(e, TornSnapshotError)]
         if not failed:
             return
+        if self._schedule.notice is not None:  # what can be saved yet is worth more than an error: `close` raises it
+            log.error("a save failed: %s", failed[0])
+            return
         if self._on_error == "raise":
             self._raise_failures()
         for error in failed:
@@ -419,6 +455,28 @@ class Checkpointer:
             for other in failed[1:]:
                 failed[0].add_note(f"also: {other}")
             raise failed[0]
+
+    def _notice_came(self, notice: Notice) -> None:
+        """Called once, on a thread of the library."""
+        assert self._watch is not None
+        session, step = self._session, self._schedule.meter.measured.step
+        announce(
+            notice,
+            self._watch.preemption.grace,
+            step,
+            session.tally.seconds_to_committed,
+            len(session.in_flight),
+        )
+        session.hurry()
+
+    def _save_before_leaving(self, step: int, state: Mapping[str, Any], options: dict[str, Any]) -> SaveHandle:
+        newest, notice = self._newest, self._schedule.notice
+        assert self._watch is not None and notice is not None
+        if newest is None or newest.step != step or newest.outcome not in ("pending", "committed"):
+            newest = self.save(step, state, **{**options, "when_full": "wait"})
+        self._schedule.answer(notice)
+        newest.add_done_callback(partial(report, notice, self._watch.preemption.grace))
+        return newest
 
     def _may_replace(self, step: int, overwrite: bool) -> bool:
         """Whether a save of `step` takes the place of a committed one."""

@@ -271,6 +271,10 @@ class Session:
             if now != before:
                 self._link.hurry(now)
 
+    def hurry(self) -> None:
+        """From now on, the writer works at normal priority, whether somebody waits or not."""
+        self._waits(+1)
+
     def join_copies(self) -> None:
         """Return when no copy under way can be reached by a change any more."""
         with self._changed:

@@ -17,7 +17,7 @@ LAYERS = [
     "signals", "checkpointer", "integrations", "testing", "cli",
 ]  # fmt: skip
 """What stands later may import what stands earlier, never the other way."""
-FACE = {"checkpointer", "run", "session", "link", "handle", "progress", "arguments", "stats", "schedule"}
+FACE = {"checkpointer", "run", "session", "link", "handle", "progress", "arguments", "stats", "schedule", "preemption"}
 """The modules at the top that make up the public surface; one layer."""
 TORCH_SIDE = {"snapshot", "dist", "integrations", "checkpointer", "run", "session", "schedule"}
 NEVER = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

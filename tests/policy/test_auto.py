@@ -76,7 +76,7 @@ class Training:
             self._work(200 * self.costs.step)
         meter = self.schedule.meter
         meter.step_ends()
-        if self.schedule.due(self.step):
+        if self.schedule.decide(self.step):
             self.saved.append(self.now)
             self.schedule.save_begins()
             meter.save_begins(True)
@@ -195,7 +195,7 @@ def test_asking_does_not_change_the_answer() -> None:
     class Asked(Training):
         def _step(self) -> None:
             for _ in range(9):
-                self.schedule.due(self.step)
+                self.schedule.decide(self.step)
             super()._step()
 
     trainings = [kind(Auto(max_overhead=0.1), Costs()) for kind in (Training, Asked)]
@@ -210,7 +210,7 @@ def test_a_save_that_fails_is_not_taken_for_a_cheap_one_and_does_not_make_it_sav
     tries = 0
     for step in range(1000):
         schedule.meter.step_ends()
-        if schedule.due(step):
+        if schedule.decide(step):
             tries += 1
             schedule.save_begins()
             schedule.meter.save_begins(False)
@@ -223,9 +223,9 @@ def test_a_save_that_fails_is_not_taken_for_a_cheap_one_and_does_not_make_it_sav
 def test_without_any_step_heard_of_it_saves_by_time() -> None:
     now = 0.0
     schedule = Schedule(Auto(), now=lambda: now)
-    assert not schedule.due(1)
+    assert schedule.decide(1) is None
     now = 61.0
-    assert schedule.due(1)
+    assert schedule.decide(1)
 
 
 def test_it_says_what_it_chose_and_why() -> None:

@@ -14,8 +14,8 @@ import asyncckpt
 from asyncckpt import progress
 
 EXPORTED = {
-    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Auto", "Cadence", "Every", "Moment", "Keep", "RngState", "Run",
-    "load", "open", "restore", "Record",
+    "Checkpointer", "SaveHandle", "Timeline", "Stats", "Auto", "Cadence", "Every", "Moment", "Preemption", "Keep",
+    "RngState", "Run", "load", "open", "restore", "Record",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
     "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
     "CheckpointBusyError",

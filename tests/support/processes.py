@@ -7,6 +7,8 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,11 @@ def wait_for_end(pid: int) -> None:
         assert select.select([fd], [], [], PATIENCE)[0], f"process {pid} does not end"
     finally:
         os.close(fd)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something another thread does."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
