@@ -163,6 +163,20 @@ def test_the_first_save_and_evaluations_in_between_mislead_it_not() -> None:
     assert training.seconds == pytest.approx(training.costs.best(training.auto), rel=0.1)
 
 
+def test_the_second_save_counts_and_the_first_does_not() -> None:
+    """The first one here blocks for 20 s, the others for 0.05 s."""
+    training = Training(Auto(), Costs(noise=0.005), first=400.0)
+    training.run(saves=2)
+    assert training.seconds == pytest.approx(training.costs.best(training.auto), rel=0.1)
+
+
+def test_an_evaluation_in_every_flight_is_not_taken_for_its_cost() -> None:
+    """It takes 100 s of each 140 s, and the writer is at work for 60 s after each save."""
+    training = Training(Auto(), Costs(flight=60.0, slowdown=1.1), pause_every=80)
+    training.run(saves=8)
+    assert training.seconds < 2 * training.costs.best(training.auto)
+
+
 def test_it_does_not_hunt() -> None:
     """With costs that stay, the interval is left alone after the first few saves."""
     training = Training(Auto(), Costs())
