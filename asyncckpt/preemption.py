@@ -99,6 +99,7 @@ class Watch:
         self._told = told
         self._tell = threading.Lock()
         self._over = threading.Event()
+        self._look = _look_of(preemption.probe, preemption.headers) if preemption.probe is not None else None
         self._numbers = tuple(preemption.signals)
         if self._numbers:
             signals.check(self._numbers)
@@ -106,8 +107,8 @@ class Watch:
     def start(self) -> None:
         if self._numbers:
             signals.listen(self, self._numbers)
-        if self.preemption.probe is not None:
-            threading.Thread(target=self._probe, name="asyncckpt-probe", daemon=True).start()
+        if self._look is not None:
+            threading.Thread(target=self._probe, args=self._look, name="asyncckpt-probe", daemon=True).start()
 
     def close(self) -> None:
         """Hear nothing more. On another thread than the main one, `signals.settle` has to follow there."""
@@ -128,9 +129,7 @@ class Watch:
         if notice is not None and self._tell.acquire(blocking=False):  # never released: it is told once
             self._told(notice)
 
-    def _probe(self) -> None:
-        assert self.preemption.probe is not None
-        name, look = _look_of(self.preemption.probe, self.preemption.headers)
+    def _probe(self, name: str, look: Callable[[], object]) -> None:
         complained = False
         while not self._over.is_set():
             try:

@@ -45,7 +45,7 @@ def train_step():
     optimizer.zero_grad()
 
 def say(*words):
-    print(*words, flush=True)
+    os.write(1, (" ".join(map(str, words)) + os.linesep).encode())  # one write: a child says things, too
 
 libc = ctypes.CDLL(None)
 locked = ctypes.create_string_buffer(64)
