@@ -9,14 +9,15 @@ from typing import Any
 from asyncckpt.policy.auto import Auto
 
 
-def pick(state: Mapping[str, Any], parts: Iterable[str] | None) -> Mapping[str, Any]:
+def checked_parts(state: Mapping[str, Any], parts: Iterable[str] | None) -> list[str] | None:
+    """The names of the parts to save; None for all."""
     if parts is None:
-        return state
+        return None
     chosen = [parts] if isinstance(parts, str) else list(parts)
     absent = [name for name in chosen if name not in state]
     if absent:
         raise ValueError(f"parts= names {', '.join(map(repr, absent))}, which the state does not have")
-    return {name: state[name] for name in chosen}
+    return list(dict.fromkeys(chosen))
 
 
 def checked_step(step: int) -> int:

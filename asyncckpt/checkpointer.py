@@ -97,6 +97,8 @@ class Checkpointer:
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
+        if keep is not None and not isinstance(keep, Keep):
+            raise TypeError(f"keep={keep!r}: give asyncckpt.Keep(last=3)")
         if preempt is not None and not isinstance(preempt, Preemption):
             raise TypeError(f"preempt={preempt!r}: give asyncckpt.Preemption()")
         if memory_limit is not None:
@@ -151,7 +153,8 @@ class Checkpointer:
                 it. Steps of a branch left by `rewind`, and damaged ones that `restore` passed over, are free.
             state: named parts. Values: anything with `state_dict()` and `load_state_dict()`, or nested dicts, lists
                 and tuples of tensors, numpy arrays and plain values.
-            parts: save only these parts.
+            parts: save only these parts. Unless they are all, such a checkpoint is not complete: retention keeps a
+                complete one beside it; to `restore` the whole state while it is the newest, give the step of that.
             metrics: numbers to be kept with the checkpoint.
             when_full: instead of the Checkpointer's.
 
@@ -171,7 +174,7 @@ class Checkpointer:
         arguments.check_choice("when_full", when_full, _WHEN_FULL)
         numbers = arguments.checked_metrics(metrics or {})
         replace = self._may_replace(step, overwrite)
-        what = self._snapshotter.describe(arguments.pick(state, parts))
+        what = self._snapshotter.describe(state, arguments.checked_parts(state, parts))
         self._check_room(what.size)
         session = self._session
         handle = SaveHandle(step, session.waiting)

@@ -108,6 +108,7 @@ class Catalog:
             created=_time(manifest.created),
             size=manifest.size,
             parts=tuple(manifest.parts),
+            complete=manifest.complete,
             metrics=metrics,
             pinned=notes is not None and notes.pinned,
             rewound=rewinds.covers(manifest),

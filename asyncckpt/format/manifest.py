@@ -40,7 +40,10 @@ class FileRecord(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The commit of one step. `files` are relative to the folder of the attempt; a metric not finite is null."""
+    """The commit of one step. `files` are relative to the folder of the attempt; a metric not finite is null.
+
+    `parts` are those that it has, `omitted` those of the state that were left out of this save.
+    """
 
     step: int
     attempt: str
@@ -50,7 +53,16 @@ class Manifest(msgspec.Struct, frozen=True):
     files: dict[str, FileRecord]
     created: str
     metrics: Mapping[str, float | None] = {}
+    omitted: list[str] = []
     format: int = VERSION
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the state that was given to `save` is here.
+
+        Only a complete checkpoint is enough to resume from: retention counts these, and never deletes the newest.
+        """
+        return not self.omitted
 
     @property
     def size(self) -> int:
@@ -137,7 +149,8 @@ def decode_manifest(data: bytes, step: int) -> Manifest:
         and manifest.world >= 1
         and names.RECORD in manifest.files
         and all(names.is_data_file(name) and file.size >= 0 for name, file in manifest.files.items())
-        and all(names.is_part(part) for part in manifest.parts)
+        and all(names.is_part(part) for part in (*manifest.parts, *manifest.omitted))
+        and not set(manifest.omitted) & set(manifest.parts)
         and manifest.files[names.RECORD].size <= MAX_RECORD
     )
     if not fits:

@@ -22,7 +22,7 @@ class Record:
     """Bytes of all files."""
     parts: tuple[str, ...] = ()
     complete: bool = True
-    """Whether it has all parts of the state."""
+    """Whether it has all parts of the state that was given to `save`."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Those of `save`, and over them those of `annotate`. One that was not finite is NaN."""
     pinned: bool = False

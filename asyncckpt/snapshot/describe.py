@@ -6,7 +6,7 @@ A part whose guard says that nothing of its structure has changed is not walked 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -51,7 +51,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Description:
-    """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes."""
+    """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes.
+
+    `omitted` are the parts of the state that it will not have; `optimizers` are those of the whole state, for what
+    they own is theirs whether they are saved or not.
+    """
 
     parts: dict[str, Part]
     spans: list[tuple[str, int, int]]
@@ -59,6 +63,7 @@ class Description:
     trees_offset: int
     size: int
     optimizers: list[Optimizer]
+    omitted: list[str]
 
 
 class Describer:
@@ -71,14 +76,15 @@ class Describer:
         """Let go of the state."""
         self._parts.clear()
 
-    def describe(self, state: Mapping[str, Any]) -> Description:
-        """Walk `state`.
+    def describe(self, state: Mapping[str, Any], chosen: Collection[str] | None) -> Description:
+        """Walk the `chosen` parts of `state`, or all.
 
         Raises:
             UnsupportedStateError: something in it can't be stored exactly, or a part's name can't be a file's.
         """
         _check_names(state)
-        parts = {name: self._describe_part(name, value) for name, value in state.items()}
+        picked = {name: state[name] for name in (state if chosen is None else chosen)}
+        parts = {name: self._describe_part(name, value) for name, value in picked.items()}
         self._parts.update(parts)
         spans, position = [], 0
         for name, part in parts.items():
@@ -87,8 +93,9 @@ class Describer:
             position += -(-size // PAGE) * PAGE
         trees = msgspec.json.encode({name: msgspec.Raw(part.tree) for name, part in parts.items()})
         optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+        omitted = [name for name in state if name not in picked]
         size = position + len(trees) + len(trees) // 4 + PAGE
-        return Description(parts, spans, trees, position, size, optimizers)
+        return Description(parts, spans, trees, position, size, optimizers, omitted)
 
     def _describe_part(self, name: str, value: Any) -> Part:
         known = self._parts.get(name)

@@ -147,9 +147,9 @@ class Snapshotter:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._loading: dict[int, tuple[weakref.ref[Any], Any]] = {}
 
-    def describe(self, state: Mapping[str, Any]) -> Description:
-        """What a snapshot of `state` will be: see `Describer.describe`."""
-        return self._describer.describe(state)
+    def describe(self, state: Mapping[str, Any], parts: Collection[str] | None = None) -> Description:
+        """What a snapshot of `state`, or of some of its parts, will be: see `Describer.describe`."""
+        return self._describer.describe(state, parts)
 
     def take(
         self,

@@ -74,7 +74,7 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """A save begins: its images grow in `arena`, in the order of `spans`."""
+    """A save begins: its images grow in `arena`, in the order of `spans`. `omitted` are parts left out."""
 
     save: int
     step: int
@@ -82,6 +82,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     spans: list[Span]
     replace: bool = False
     metrics: dict[str, float] = {}
+    omitted: list[str] = []
 
 
 class Staged(msgspec.Struct, tag=True, frozen=True):

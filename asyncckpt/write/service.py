@@ -255,6 +255,7 @@ class Service:
             files=prepared.files,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             metrics=dict(begin.metrics),
+            omitted=begin.omitted,
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
         self._storage.publish(key, encode(manifest), replace=begin.replace)

@@ -1,3 +1,4 @@
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def test_round_trip() -> None:
         {"files": GOOD.files | {names.RECORD: FileRecord(1 << 50, "")}},
         {"parts": ["../model"]},
         {"parts": [""]},
+        {"omitted": ["../model"]},
+        {"omitted": ["model"]},
     ],
 )
 def test_a_manifest_that_contradicts_its_place_or_the_grammar_is_refused(members: dict[str, Any]) -> None:
@@ -154,6 +157,15 @@ def test_a_record_that_differs_in_any_byte_is_refused() -> None:
 def test_a_metric_that_is_not_finite_spoils_no_checkpoint(value: float) -> None:
     read = decode_manifest(encode(change(GOOD, metrics={"loss": value, "accuracy": 0.5})), 7)
     assert read.metrics == {"loss": None, "accuracy": 0.5}
+
+
+def test_a_manifest_is_complete_unless_it_says_what_was_left_out() -> None:
+    older = encode(GOOD).replace(b'"omitted":[],', b"")
+    body = older[: older.rindex(b',"sha256":"')]
+    older = body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+    assert decode_manifest(older, 7) == GOOD and GOOD.complete
+    partial = change(GOOD, parts=["model"], omitted=["optimizer"])
+    assert not decode_manifest(encode(partial), 7).complete
 
 
 def test_rewinds_cover_later_steps_up_to_their_sequence() -> None:
