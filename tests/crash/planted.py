@@ -18,7 +18,8 @@ from asyncckpt.policy.records import Record
 from asyncckpt.read import select
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.session import Session
-from asyncckpt.storage.local import LocalStorage, LocalWritable
+from asyncckpt.storage.files import LocalWritable
+from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import messages as m

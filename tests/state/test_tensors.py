@@ -257,3 +257,19 @@ def test_large_tensors_are_copied_whole(tmp_path):
     """Beyond the size of one slice of the copy and of several chunks of the file, contiguous and not."""
     state = {"slices": torch.randn((17 << 20) // 4 + 1), "turned": torch.randn(1500, 1111).t(), "tail": torch.ones(1)}
     assert difference(state, round_trip(tmp_path, state)) is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_many_small_tensors_between_large_and_strided_ones(overlap, tmp_path):
+    """What lies side by side is copied together, and nothing but that."""
+    kinds = [torch.float32, torch.int64, torch.bfloat16, torch.uint8, torch.complex64]
+    state = {}
+    for i in range(9000):
+        kind = kinds[0] if i < 4500 else kinds[i % 5]
+        state[str(i)] = torch.arange(i, i + 8 + 2 * (i % 3)).to(kind)
+        if kind == torch.float32 and i % 97 == 0:
+            state[str(i)] = state[str(i)].reshape(2, -1).t()
+        if i % 1000 == 0:
+            state[f"large {i}"] = torch.arange(i, i + 20_000.0)
+    loaded = round_trip(tmp_path, state, overlap=overlap)
+    assert difference(state, loaded) is None

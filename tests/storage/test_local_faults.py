@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from asyncckpt.errors import StorageError
-from asyncckpt.storage.local import BLOCK, LocalStorage
+from asyncckpt.storage.files import BLOCK
+from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import O_DIRECT, Posix
 
 FOLDER = "step-00000001/0123456789ab"

@@ -1,5 +1,6 @@
 """A directory as storage: what is written is what is read, names appear whole or not at all, links are refused."""
 
+import fcntl
 import mmap
 import os
 import stat
@@ -12,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError, StorageError
-from asyncckpt.storage.local import BLOCK, LocalStorage
-from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.files import BLOCK
+from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.posix import O_DIRECT, Posix
 
 FOLDER = "step-00000001/0123456789ab"
 FILE = f"{FOLDER}/model.safetensors"
@@ -261,3 +263,41 @@ def test_a_file_where_a_folder_should_be_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         storage.begin(FOLDER)
     assert (tmp_path / "step-00000001").read_bytes() == b"mine"
+
+
+class WhichWay(Posix):
+    """Notes by which file descriptors bytes come: through the page cache, or around it."""
+
+    def __init__(self) -> None:
+        self.direct: list[bool] = []
+
+    def preadv(self, fd: int, buffer: memoryview, offset: int) -> int:
+        self.direct.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & O_DIRECT))
+        return super().preadv(fd, buffer, offset)
+
+
+def test_what_the_page_cache_holds_is_read_through_it_unless_the_disk_is_asked(tmp_path: Path) -> None:
+    posix = WhichWay()
+    storage = LocalStorage(str(tmp_path / "run"), posix)
+    storage.begin(FOLDER)
+    data = pattern(5 * BLOCK + 100)
+    if not write(storage, aligned(data)):
+        pytest.skip("no O_DIRECT here")
+    path = tmp_path / "run" / FILE
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert not posix.cached(file.fileno(), 0, len(data))
+        assert read(storage, 0, len(data)) == data
+        assert set(posix.direct) == {True}
+        assert not posix.cached(file.fileno(), 0, len(data)), "a look at the cache must not fill it"
+        file.read()
+        if not posix.cached(file.fileno(), 0, len(data)):
+            pytest.skip("this system does not tell what is cached")
+    for cached in (True, False):
+        posix.direct.clear()
+        opened = storage.open(FILE, cached=cached)
+        buffer = aligned(bytes(len(data)))
+        assert opened.read_into(0, buffer) == len(data)
+        opened.close()
+        assert bytes(buffer) == data
+        assert set(posix.direct) == {not cached}
