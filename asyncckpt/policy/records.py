@@ -27,7 +27,7 @@ class Record:
     """Those of `save`, and over them those of `annotate`. One that was not finite is NaN."""
     pinned: bool = False
     finite: bool | None = None
-    """Whether all floating tensors were finite; None where nobody looked (`check_finite`)."""
+    """Whether all floating tensors were finite; None where nobody looked."""
     rewound: bool = False
     """Whether it lies on a branch that was left by a rewind."""
     damaged: bool = False
