@@ -126,6 +126,7 @@ class Checkpointer:
         except BaseException:
             self._snapshotter.close()
             raise
+        self._taken = set(self._run.taken())  # by the owner: from now on only this one adds to them
         fence.install(self._schedule.meter)
         _open.add(self)
         if self._watch is not None:
@@ -185,6 +186,7 @@ class Checkpointer:
         else:
             overlap = self._trial.next() if self._trial is not None else self._overlap
             self._newest = handle
+            self._taken.add(step)
             self._schedule.meter.save_begins(overlap)
             session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
         handle.blocked = time.perf_counter() - begun
@@ -482,12 +484,15 @@ class Checkpointer:
         return newest
 
     def _may_replace(self, step: int, overwrite: bool) -> bool:
-        """Whether a save of `step` takes the place of a committed one."""
+        """Whether a save of `step` takes the place of a committed one.
+
+        Looks at the storage, which may be slow or hung, only where it may be there.
+        """
         if overwrite:
             return True
         if any(handle.step == step and not handle.done() for handle in self._session.in_flight):
             raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
-        if not self._run.exists(step):
+        if step not in self._taken or not self._run.exists(step):
             return False
         if step in self._passed_over or step not in self._run.steps():
             return True

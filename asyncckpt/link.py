@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +17,30 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
 
+log = logging.getLogger("asyncckpt")
+SLOW = 30.0
+"""Seconds after which somebody who waits for the storage says so."""
 _GOODBYE = 60.0
 """Seconds that `close` waits for the end of a writer that has nothing left to do."""
 
 OfSave = m.Progress | m.Committed | m.Failed | m.Dropped
+
+
+class Patience:
+    """Somebody waits, for `what`, on the storage at `root`: after `SLOW` seconds the log says so, once."""
+
+    def __init__(self, what: str, root: str) -> None:
+        self._what, self._root = what, root
+        self._begun = time.monotonic()
+        self._told = False
+
+    def wait(self, changed: threading.Condition, seconds: float = math.inf) -> None:
+        """Wait for a change, for so many seconds at most. Called with the lock held."""
+        left = math.inf if self._told else max(0.0, self._begun + SLOW - time.monotonic())
+        changed.wait(None if left == seconds == math.inf else min(left, seconds))
+        if not self._told and time.monotonic() - self._begun >= SLOW:
+            self._told = True
+            log.warning("%g s of waiting for %s: is %s slow or hung?", SLOW, self._what, self._root)
 
 
 @dataclass(frozen=True)
@@ -73,7 +96,7 @@ class Link:
         writer = kind(partial(self._hear, start), partial(self._end, start))
         options = self._options
         writer.send(m.Open(options.root, options.lock_timeout, options.keep, options.direct))
-        start.wait()
+        start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
             if start.ended is not None:
                 raise StorageError(f"the writer {start.ended} as soon as it owned the run", retryable=True)
@@ -101,6 +124,7 @@ class Link:
             CheckpointError: what the writer answered.
         """
         writer, call = self.ensure(), next(self._calls)
+        patience = Patience("the writer to delete or rewind", self._options.root)
         with self._changed:
             self._answers[call] = None
             writer.send(make(call))
@@ -108,7 +132,7 @@ class Link:
                 if writer is not self._writer:
                     answer = m.Done(call, m.Fault("StorageError", "the writer ended before it answered"))
                     break
-                self._changed.wait()
+                patience.wait(self._changed)
             del self._answers[call]
         if answer.fault is not None:
             raise answer.fault.error()
@@ -156,11 +180,11 @@ class _Start:
             self._answer = reply
             self._changed.notify_all()
 
-    def wait(self) -> None:
+    def wait(self, patience: Patience) -> None:
         """Return when the writer owns the run."""
         with self._changed:
             while self._answer is None and self.ended is None:
-                self._changed.wait()
+                patience.wait(self._changed)
             answer = self._answer
         if answer is None:
             raise StorageError(f"the writer {self.ended} before it owned the run; its stderr says why")

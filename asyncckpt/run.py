@@ -62,6 +62,10 @@ class Run:
         """Whether `step` is committed, on a branch that was left or not."""
         return self._catalog.exists(step)
 
+    def taken(self) -> list[int]:
+        """Steps of which there is anything at all, committed or left over."""
+        return self._catalog.folders()
+
     def path(self, step: int) -> Path:
         """The folder with the files of `step`, such as `path(step) / "model.safetensors"`.
 

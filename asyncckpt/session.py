@@ -8,7 +8,6 @@ The writer's replies and its death arrive on a thread of their own; one conditio
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Literal
 
 from asyncckpt.errors import CheckpointError, QueueFullError
 from asyncckpt.handle import SaveHandle, Timeline
-from asyncckpt.link import Link, OfSave, Options
+from asyncckpt.link import Link, OfSave, Options, Patience
 from asyncckpt.snapshot.arena import Arena, ArenaPool
 from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshot, Snapshotter
@@ -27,10 +26,7 @@ from asyncckpt.stats import Tally
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import Writer
 
-log = logging.getLogger("asyncckpt")
 WhenFull = Literal["wait", "skip", "replace", "raise"]
-_SLOW = 30.0
-"""Seconds after which a save that waits for a place says so."""
 
 
 @dataclass(eq=False)
@@ -93,7 +89,7 @@ class Session:
             QueueFullError: `when_full` is "raise".
             CheckpointError: there is too little memory, however long one waits.
         """
-        warned = False
+        patience = Patience("a place in the queue", self.options.root)
         while True:
             self._link.ensure()
             with self._changed:
@@ -111,13 +107,7 @@ class Session:
                 if when_full == "replace":
                     self._ask_to_yield()
                 with self.waiting():
-                    if not self._changed.wait(_SLOW) and not warned:
-                        warned = True
-                        log.warning(
-                            "save has waited %g s for a place in the queue: is %s slow or hung?",
-                            _SLOW,
-                            self.options.root,
-                        )
+                    patience.wait(self._changed)
 
     def _ask_to_yield(self) -> None:
         """Take back the newest save that the writer has not begun, if it agrees that there is one."""
@@ -285,12 +275,13 @@ class Session:
     def drain(self, timeout: float | None, update: Callable[[], None] = lambda: None) -> bool:
         """Wait until nothing is in flight; False after `timeout` seconds. `update` is called meanwhile."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        patience = Patience("saves to be committed", self.options.root)
         with self.waiting(), self._changed:
             while self._flights:
                 left = 0.25 if deadline is None else min(0.25, deadline - time.monotonic())
                 if left <= 0:
                     return False
-                self._changed.wait(left)
+                patience.wait(self._changed, left)
                 update()
         return True
 
