@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from support.numbers import text, weights
 from asyncckpt.codec import Coder, Run
 
 SIZE = 32 << 20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads are watched through /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -24,22 +26,35 @@ def prompt_switches() -> Iterator[None]:
     sys.setswitchinterval(usual)
 
 
+def _waited(status: int) -> float:
+    """Seconds that a thread was ready to run and had no core: the second number of its `schedstat` (proc(5))."""
+    return int(os.pread(status, 64, 0).split()[1]) / 1e9
+
+
 def longest_hold(call: Callable[[], object], tries: int = 8, enough: float = 0.005) -> float:
     """Seconds that a thread which only looks at the clock was kept from it while `call` ran in another one.
 
-    The least of some tries: what comes from other processes is not the same each time. The interpreter itself lets a
-    thread wait for its switch interval, 5 ms, before it asks another to make way; that is not counted here.
+    Of each gap counts at most what the other thread computed in it, less what the first one waited for a core: other
+    processes are not to blame on `call`. The least of some tries, for that is an estimate. The interpreter itself lets
+    a thread wait for its switch interval, 5 ms, before it asks another to make way; that is not counted here.
     """
     least = float("inf")
     for _ in range(tries):
-        go = threading.Event()
-        worker = threading.Thread(target=lambda go=go: (go.wait(), call()))
+        go, done, seen = threading.Event(), threading.Event(), threading.Event()
+        steps = (go.wait, call, done.set, seen.wait)
+        worker = threading.Thread(target=lambda steps=steps: [step() for step in steps])
         worker.start()
-        go.set()
-        last, longest = time.perf_counter(), 0.0
-        while worker.is_alive():
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
+        clock = time.pthread_getcpuclockid(worker.ident or 0)
+        with open("/proc/thread-self/schedstat", "rb") as status:
+            go.set()
+            last, waited, computed, longest = time.perf_counter(), _waited(status.fileno()), 0.0, 0.0
+            ended = False
+            while not ended:
+                ended = done.is_set()
+                before = last, waited, computed
+                waited, last, computed = _waited(status.fileno()), time.perf_counter(), time.clock_gettime(clock)
+                longest = max(longest, min(computed - before[2], last - before[0] - (waited - before[1])))
+        seen.set()
         worker.join()
         least = min(least, longest)
         if least < enough:
