@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from asyncckpt.format import names
 from asyncckpt.policy.auto import Auto
 
 
@@ -40,6 +41,19 @@ def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
             raise TypeError(f"metrics has the key {name!r}; give text")
         checked[name] = number if math.isfinite(number) else math.nan  # JSON has no inf; both read back as null
     return checked
+
+
+def checked_export(export: Mapping[str, str]) -> dict[str, str]:
+    """By part, the dtype of its export."""
+    if not isinstance(export, Mapping):
+        raise TypeError(f"export={export!r}: give a dict of parts and dtypes, such as {{'model': 'bf16'}}")
+    for part, dtype in export.items():
+        if not isinstance(dtype, str) or dtype not in names.EXPORT_DTYPES:
+            choices = ", ".join(map(repr, names.EXPORT_DTYPES))
+            raise ValueError(f"export={{{part!r}: {dtype!r}}}: give one of {choices}")
+        if not isinstance(part, str) or not names.is_part(names.export_part(part, dtype)):
+            raise ValueError(f"export={{{part!r}: ...}}: this, with -{dtype}, becomes a file name: {names.PART_RULE}")
+    return dict(export)
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

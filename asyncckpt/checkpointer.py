@@ -53,6 +53,8 @@ class Checkpointer:
         preempt: what counts as a notice to leave, such as `Preemption()`, which installs signal handlers; without it,
             no signal is touched. See `preempted`.
         keep: which checkpoints stay; without it, all.
+        export: parts that are saved once more, with their floating tensors cast: {"model": "bf16"} (or "fp16", "fp32")
+            adds a part "model-bf16", to be read by `load` or from its file. `restore` never takes it.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
             newest that waits for the writer, "raise" `QueueFullError`.
@@ -81,6 +83,7 @@ class Checkpointer:
         cadence: Cadence | Auto | None = None,
         preempt: Preemption | None = None,
         keep: Keep | None = None,
+        export: Mapping[str, str] | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
         writer: Literal["process", "thread"] = "process",
@@ -97,6 +100,7 @@ class Checkpointer:
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
+        exports = arguments.checked_export(export or {})
         if keep is not None and not isinstance(keep, Keep):
             raise TypeError(f"keep={keep!r}: give asyncckpt.Keep(last=3)")
         if preempt is not None and not isinstance(preempt, Preemption):
@@ -113,7 +117,7 @@ class Checkpointer:
         options = Options(self._run.storage.root, keep, lock_timeout, process=process, posix=_posix)
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
-        self._snapshotter = Snapshotter(overlap_parts)
+        self._snapshotter = Snapshotter(overlap_parts, exports)
         self._watch = Watch(preempt, self._notice_came) if preempt is not None else None
         self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced)
         self._newest: SaveHandle | None = None

@@ -116,7 +116,8 @@ class Run:
     ) -> dict[str, Any]:
         """Parts of a checkpoint as plain values, tensors on the CPU, by name. Without `step`, the newest that verifies.
 
-        With `keys`, only the tensors of these names in the one part that `parts` names; only their chunks are read.
+        Exports are among them only where `parts` names them, such as "model-bf16". With `keys`, only the tensors of
+        these names in the one part that `parts` names; only their chunks are read.
 
         Raises:
             CheckpointNotFoundError: nothing is committed, or there is no such step, part or tensor.
@@ -163,7 +164,7 @@ class Run:
         absent = [name for name in wanted if name not in state]
         if absent:
             raise StateMismatchError(f"parts= names {', '.join(absent)}, which the state does not have")
-        return self.fetch(step, wanted, whole=parts is None and strict, strict=strict)
+        return self.fetch(step, wanted, resume=True, whole=parts is None and strict, strict=strict)
 
     def fetch(
         self,
@@ -171,6 +172,7 @@ class Run:
         parts: Collection[str] | None,
         keys: list[str] | None = None,
         *,
+        resume: bool = False,
         whole: bool = False,
         strict: bool = True,
     ) -> Loaded | None:
@@ -178,7 +180,7 @@ class Run:
 
         def read(step: int) -> dict[str, Any]:
             with CheckpointReader(self._catalog, step) as reader:
-                chosen = _choose(reader, parts, whole, strict)
+                chosen = _choose(reader, parts, resume, whole, strict)
                 if keys is not None:
                     return {part: rebuild_tensors(reader, part, keys) for part in chosen}
                 return {part: rebuild_part(reader, part) for part in chosen}
@@ -229,12 +231,21 @@ class Filling:
             state[name] = value
 
 
-def _choose(reader: CheckpointReader, parts: Collection[str] | None, whole: bool, strict: bool) -> list[str]:
-    """The parts to read, in the order of the checkpoint."""
+def _choose(
+    reader: CheckpointReader, parts: Collection[str] | None, resume: bool, whole: bool, strict: bool
+) -> list[str]:
+    """The parts to read, in the order of the checkpoint. Exports only where they are named, and not to `resume`."""
+    there = reader.manifest.resumable if resume or parts is None else reader.parts
     if parts is None:
-        return reader.parts
-    missing = [name for name in parts if name not in reader.parts]
-    unexpected = [name for name in reader.parts if name not in parts] if whole else []
+        return there
+    exports = [name for name in parts if resume and name in reader.manifest.exports]
+    if exports:
+        raise StateMismatchError(
+            f"{', '.join(exports)} of step {reader.step} can't be restored: exports are casts, for reading only. Use "
+            "load, and put into a model what you want there."
+        )
+    missing = [name for name in parts if name not in there]
+    unexpected = [name for name in there if name not in parts] if whole else []
     if whole and (missing or unexpected):
         raise StateMismatchError(
             f"step {reader.step} has the parts {', '.join(reader.parts)}; the state has {', '.join(parts)}. Nothing "
@@ -244,7 +255,7 @@ def _choose(reader: CheckpointReader, parts: Collection[str] | None, whole: bool
         )
     if missing and strict:
         reader.part(missing[0])  # says what there is
-    return [name for name in reader.parts if name in parts]
+    return [name for name in there if name in parts]
 
 
 def _listed(names_: Iterable[str]) -> list[str]:

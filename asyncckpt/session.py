@@ -146,7 +146,9 @@ class Session:
             writer.share(arena)
             arena.before_close.append(partial(self._forget, arena.id))
         spans = [m.Span(*span) for span in what.spans]
-        writer.send(m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted))
+        writer.send(
+            m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, list(what.exports))
+        )
         staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
         seal = m.Seal(flight.number, what.trees_offset, len(what.trees))
         try:

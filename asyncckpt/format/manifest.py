@@ -42,7 +42,8 @@ class FileRecord(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     """The commit of one step. `files` are relative to the folder of the attempt; a metric not finite is null.
 
-    `parts` are those that it has, `omitted` those of the state that were left out of this save.
+    `parts` are those that it has, `exports` those of them that are for reading only: no training is resumed from
+    them. `omitted` are the parts of the state that were left out of this save.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Manifest(msgspec.Struct, frozen=True):
     created: str
     metrics: Mapping[str, float | None] = {}
     omitted: list[str] = []
+    exports: list[str] = []
     format: int = VERSION
 
     @property
@@ -63,6 +65,11 @@ class Manifest(msgspec.Struct, frozen=True):
         Only a complete checkpoint is enough to resume from: retention counts these, and never deletes the newest.
         """
         return not self.omitted
+
+    @property
+    def resumable(self) -> list[str]:
+        """The parts that a training is resumed from: those that are no exports."""
+        return [part for part in self.parts if part not in self.exports]
 
     @property
     def size(self) -> int:
@@ -151,6 +158,7 @@ def decode_manifest(data: bytes, step: int) -> Manifest:
         and all(names.is_data_file(name) and file.size >= 0 for name, file in manifest.files.items())
         and all(names.is_part(part) for part in (*manifest.parts, *manifest.omitted))
         and not set(manifest.omitted) & set(manifest.parts)
+        and set(manifest.exports) <= set(manifest.parts)
         and manifest.files[names.RECORD].size <= MAX_RECORD
     )
     if not fits:

@@ -18,6 +18,9 @@ _TEMPORARY = re.compile(r"\.[a-z]+\.json-[0-9a-f]{12}\.tmp")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 PART_RULE = "1-64 letters, digits, '_' or '-', not starting with '-'"
 
+EXPORT_DTYPES = ("bf16", "fp16", "fp32")
+"""What the floating tensors of a part can be cast to, by the names that users give."""
+
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
@@ -42,6 +45,11 @@ def is_attempt(name: str) -> bool:
 
 def is_part(name: str) -> bool:
     return _PART.fullmatch(name) is not None
+
+
+def export_part(part: str, dtype: str) -> str:
+    """The part that holds what `part` does, cast to one of `EXPORT_DTYPES`."""
+    return f"{part}-{dtype}"
 
 
 def image_file(part: str) -> str:

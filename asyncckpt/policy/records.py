@@ -21,8 +21,11 @@ class Record:
     size: int = 0
     """Bytes of all files."""
     parts: tuple[str, ...] = ()
-    complete: bool = True
-    """Whether it has all parts of the state that was given to `save`."""
+    """Those that it has, exports included."""
+    exports: tuple[str, ...] = ()
+    """Those of them that are for reading only: no training is resumed from them."""
+    omitted: tuple[str, ...] = ()
+    """The parts of the state that `save` left out."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Those of `save`, and over them those of `annotate`. One that was not finite is NaN."""
     pinned: bool = False
@@ -34,3 +37,8 @@ class Record:
     """Whether its manifest can't be read. Then nothing but `step` and `doubt` is known, and it counts for no policy."""
     doubt: str = ""
     """What of it, manifest or notes, can't be read, and why. No policy may delete it."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it has all parts of the state that was given to `save`."""
+        return not self.omitted

@@ -1,8 +1,9 @@
 """Tensors to arena, in pieces that any number of threads may take.
 
-Large contiguous tensors are moved in slices by `memmove`, which releases the GIL for each; small ones that come to lie
-side by side go by one concatenation into their place; strided ones by torch. As the pieces from the front of the
-arena are done, `staged` is told how far the arena is what it will stay, so that writing begins while copying goes on.
+Large contiguous tensors are moved in slices by `memmove`, which releases the GIL for each (those that are cast, by
+torch); small ones that come to lie side by side go by one concatenation into their place; strided ones by torch. As the
+pieces from the front of the arena are done, `staged` is told how far the arena is what it will stay, so that writing
+begins while copying goes on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ SMALL = 64 << 10
 """Tensors up to this many bytes are copied together: the Python around one copy would cost more than the copy."""
 _MANY = 4096
 """So many at most: torch holds the GIL while it looks through them."""
+_GRAIN = 32767
+"""Items that torch copies without threads of its own: those belong to the training."""
 _STAGED_STEP = 8 << 20
 
 Piece = tuple[int, Callable[[], None]]
@@ -33,43 +36,53 @@ Piece = tuple[int, Callable[[], None]]
 
 def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> list[Piece]:
     """The pieces that copy the sources `which` of a part whose image begins at `base`."""
-    small: list[tuple[int, torch.Tensor]] = []
+    small: list[tuple[int, torch.Tensor, torch.dtype]] = []
     found: list[Piece] = []
     for i in which:
         entry, source = plan.image.entries[i], plan.sources[i]
         offset = base + entry.offset
         if entry.nbytes == 0:
             continue
-        if source.data.device.type != "cpu" or not source.contiguous:
-            plain = dtypes.as_plain(source.data)
-            found.append((offset, partial(_place(arena, offset, plain.shape, plain.dtype).copy_, plain)))  # type: ignore[arg-type]
+        data = dtypes.as_plain(source.data) if source.cast is None else source.data
+        dtype = source.cast or data.dtype
+        if data.device.type != "cpu" or not source.contiguous:
+            found.append((offset, partial(_place(arena, offset, data.shape, dtype).copy_, data)))  # type: ignore[arg-type]
         elif entry.nbytes <= SMALL:
-            small.append((offset, dtypes.as_plain(source.data).view(-1)))
+            small.append((offset, data.view(-1), dtype))
+        elif source.cast is not None:
+            target = _place(arena, offset, (data.numel(),), dtype)
+            step = SLICE // dtype.itemsize
+            for start in range(0, data.numel(), step):
+                cast = partial(_cast, target[start : start + step], data.view(-1)[start : start + step])
+                found.append((offset + start * dtype.itemsize, cast))
         else:
             for start in range(0, entry.nbytes, SLICE):
                 size = min(SLICE, entry.nbytes - start)
                 found.append((offset + start, partial(_move, arena.address + offset + start, source.data, start, size)))
     small.sort(key=lambda item: item[0])
-    for offset, run in _runs(small):
+    for offset, run, dtype in _runs(small):
         items = sum(t.numel() for t in run)
-        found.append((offset, partial(_copy_many, _place(arena, offset, (items,), run[0].dtype), run)))
+        found.append((offset, partial(_copy_many, _place(arena, offset, (items,), dtype), run)))
     return found
 
 
-def _runs(small: list[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Tensors of one dtype that lie next to each other in the arena, together, and where they begin."""
+def _runs(
+    small: list[tuple[int, torch.Tensor, torch.dtype]],
+) -> Iterator[tuple[int, list[torch.Tensor], torch.dtype]]:
+    """Tensors of one dtype that lie next to each other in the arena, together, where they begin, and as what dtype."""
     run: list[torch.Tensor] = []
     begin = end = 0
-    for offset, tensor in small:
-        if run and (offset != end or tensor.dtype is not run[0].dtype or len(run) == _MANY):
-            yield begin, run
+    becomes = torch.uint8
+    for offset, tensor, dtype in small:
+        if run and (offset != end or tensor.dtype is not run[0].dtype or dtype is not becomes or len(run) == _MANY):
+            yield begin, run, becomes
             run = []
         if not run:
-            begin = offset
+            begin, becomes = offset, dtype
         run.append(tensor)
-        end = offset + tensor.numel() * tensor.dtype.itemsize
+        end = offset + tensor.numel() * dtype.itemsize
     if run:
-        yield begin, run
+        yield begin, run, becomes
 
 
 def _place(arena: Arena, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -80,6 +93,11 @@ def _place(arena: Arena, offset: int, shape: Sequence[int], dtype: torch.dtype) 
 
 def _move(target: int, source: torch.Tensor, start: int, size: int) -> None:
     ctypes.memmove(target, _address(source) + start, size)
+
+
+def _cast(target: torch.Tensor, source: torch.Tensor) -> None:
+    _address(source)
+    torch._foreach_copy_(list(target.split(_GRAIN)), list(source.split(_GRAIN)))  # type: ignore[no-untyped-call]
 
 
 def _copy_many(target: torch.Tensor, sources: list[torch.Tensor]) -> None:

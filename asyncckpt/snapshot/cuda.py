@@ -61,9 +61,9 @@ class DeviceCopies:
             if device not in self._events:
                 stream.wait_stream(torch.cuda.current_stream(device))
                 self._events[device] = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            plain = dtypes.as_plain(source.data)
+            plain = dtypes.as_plain(source.data) if source.cast is None else source.data
             start = base + entry.offset
-            target = arena.bytes[start : start + entry.nbytes].view(plain.dtype).view(plain.shape)
+            target = arena.bytes[start : start + entry.nbytes].view(source.cast or plain.dtype).view(plain.shape)
             with torch.cuda.stream(stream):
                 target.copy_(plain, non_blocking=True)
             self._held.append(plain)

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from asyncckpt.errors import UnsupportedStateError
 from asyncckpt.format import names
+from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.arena import PAGE
 from asyncckpt.snapshot.flatten import Flattener
 from asyncckpt.snapshot.guards import Guard, ModuleGuard, OptimizerGuard
-from asyncckpt.snapshot.plan import PartPlan, plan_part
+from asyncckpt.snapshot.plan import PartPlan, plan_export, plan_part
 
 _Place = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
@@ -37,6 +38,8 @@ class Part:
     """Of an optimizer: its `state` and each group's `params`, as JSON."""
     live: list[torch.Tensor] = field(default_factory=list)
     shape: list[_Place] = field(default_factory=list)
+    export: Part | None = None
+    """The same once more, cast, where that is wanted."""
 
     def still(self, value: Any) -> bool:
         """Whether `value` is the same object with the same tensors at the same places."""
@@ -53,7 +56,8 @@ class Part:
 class Description:
     """What one snapshot will be. `spans` are (part, offset, size) in the arena; sizes in bytes.
 
-    `omitted` are the parts of the state that it will not have; `optimizers` are those of the whole state, for what
+    `omitted` are the parts of the state that it will not have, `exports` those of `parts` that are casts of others, and
+    the names of these; `optimizers` are those of the whole state, for what
     they own is theirs whether they are saved or not.
     """
 
@@ -64,13 +68,19 @@ class Description:
     size: int
     optimizers: list[Optimizer]
     omitted: list[str]
+    exports: dict[str, str]
 
 
 class Describer:
-    """Walks states, and remembers of each part what saves the next walk."""
+    """Walks states, and remembers of each part what saves the next walk.
 
-    def __init__(self) -> None:
+    Of a part that `exports` names, there is one more whose floating tensors are cast to that dtype; "model" and "bf16"
+    give "model-bf16".
+    """
+
+    def __init__(self, exports: Mapping[str, str]) -> None:
         self._parts: dict[str, Part] = {}
+        self._exports = exports
 
     def forget(self) -> None:
         """Let go of the state."""
@@ -82,10 +92,12 @@ class Describer:
         Raises:
             UnsupportedStateError: something in it can't be stored exactly, or a part's name can't be a file's.
         """
-        _check_names(state)
+        _check_names(state, self._exports)
         picked = {name: state[name] for name in (state if chosen is None else chosen)}
         parts = {name: self._describe_part(name, value) for name, value in picked.items()}
         self._parts.update(parts)
+        exports = {names.export_part(name, dtype): name for name, dtype in self._exports.items() if name in parts}
+        parts |= {export: part for export, name in exports.items() if (part := parts[name].export) is not None}
         spans, position = [], 0
         for name, part in parts.items():
             size = part.plan.image.size if part.plan.specs else 0
@@ -95,7 +107,7 @@ class Describer:
         optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
         omitted = [name for name in state if name not in picked]
         size = position + len(trees) + len(trees) // 4 + PAGE
-        return Description(parts, spans, trees, position, size, optimizers, omitted)
+        return Description(parts, spans, trees, position, size, optimizers, omitted, exports)
 
     def _describe_part(self, name: str, value: Any) -> Part:
         known = self._parts.get(name)
@@ -108,6 +120,10 @@ class Describer:
         node = flattener.encode(value, (name,))
         part = Part(plan_part(flattener.leaves, known.plan if known else None), b"")
         part.tree = msgspec.json.encode(node)
+        if name in self._exports:
+            last = known.export if known else None
+            plan = plan_export(flattener.leaves, dtypes.EXPORTS[self._exports[name]], last.plan if last else None)
+            part.export = Part(plan, msgspec.json.encode(node))
         if not any(leaf.made for leaf in flattener.leaves):
             self._guard(name, value, node, part, [leaf.tensor for leaf in flattener.leaves])
         return part
@@ -148,7 +164,7 @@ def _place(tensor: torch.Tensor) -> _Place:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _check_names(state: Mapping[str, Any]) -> None:
+def _check_names(state: Mapping[str, Any], exports: Mapping[str, str]) -> None:
     if not isinstance(state, Mapping) or not state:
         raise UnsupportedStateError(
             "the state must be a dict of named parts, such as {'model': model, 'optimizer': optimizer}",
@@ -163,6 +179,16 @@ def _check_names(state: Mapping[str, Any]) -> None:
         if name.lower() in folded:
             raise UnsupportedStateError(f"two parts are named {name!r} but for upper and lower case", path=name)
         folded.add(name.lower())
+    for name, dtype in exports.items():
+        if name not in state:
+            raise UnsupportedStateError(f"export= names {name!r}, which the state does not have", path=name)
+        if isinstance(state[name], Optimizer):
+            raise UnsupportedStateError(f"export= names {name!r}, an optimizer: export what it optimizes", path=name)
+        if names.export_part(name, dtype).lower() in folded:
+            raise UnsupportedStateError(
+                f"the state has a part {names.export_part(name, dtype)!r}, as the export of {name!r} is to be called",
+                path=name,
+            )
 
 
 def _forget(owner: weakref.ref[Describer], name: str, value: object) -> None:

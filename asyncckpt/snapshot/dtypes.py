@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from asyncckpt.format import names
+
 CODES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -30,11 +32,21 @@ BY_NAME: dict[str, torch.dtype] = {
 QUANTIZED = {BY_NAME[name] for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if name in BY_NAME}
 """They carry scales beside their bytes, so they can't be stored exactly as bytes."""
 
+EXPORTS = dict(zip(names.EXPORT_DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
+"""What floating tensors may be cast to."""
+
+_CAST = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def exported(dtype: torch.dtype, to: torch.dtype) -> torch.dtype | None:
+    """What a tensor of `dtype` is cast to in an export to `to`; None where it stays as it is."""
+    return to if dtype in _CAST and dtype is not to else None
 
 
 def as_plain(tensor: torch.Tensor) -> torch.Tensor:

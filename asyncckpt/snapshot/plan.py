@@ -17,6 +17,7 @@ import torch
 
 from asyncckpt.errors import UnsupportedStateError
 from asyncckpt.format.image import Image, Spec, layout
+from asyncckpt.format.tree import TAG
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.flatten import Leaf
 
@@ -28,12 +29,14 @@ _ALIGN = 16
 class Source:
     """What is copied to one entry. `data` shares the memory of `live`, the tensors of the state that it stands for.
 
-    `contiguous` says whether its bytes are the entry's bytes as they lie.
+    `contiguous` says whether its bytes are the entry's bytes as they lie, but for the `cast`: the dtype of the entry,
+    where it is another than that of `data`.
     """
 
     data: torch.Tensor
     live: list[torch.Tensor]
     contiguous: bool
+    cast: torch.dtype | None = None
 
 
 @dataclass(slots=True)
@@ -55,6 +58,32 @@ def plan_part(leaves: Sequence[Leaf], last: PartPlan | None) -> PartPlan:
     for group in _groups(leaves):
         builder.add(group)
     builder.restore_order()
+    return _laid_out(builder, leaves, last)
+
+
+def plan_export(leaves: Sequence[Leaf], to: torch.dtype, last: PartPlan | None) -> PartPlan:
+    """The same for an export, in which floating tensors are cast `to` a dtype and complete their nodes anew.
+
+    Exact aliases are stored once; other views that share memory are stored each on its own.
+
+    Raises:
+        UnsupportedStateError: more tensors than a safetensors header can name.
+    """
+    builder = _Builder(to)
+    views: dict[tuple[Any, ...], list[Leaf]] = {}
+    for i, leaf in enumerate(leaves):
+        if leaf.node[TAG] == "tensor":
+            leaf.node.clear()
+            leaf.node[TAG] = "tensor"
+        t = leaf.tensor
+        here = (str(t.device), t.data_ptr()) if t.numel() else i
+        views.setdefault((here, t.dtype, t.shape, t.stride(), leaf.node.get("d")), []).append(leaf)
+    for first, same in enumerate(views.values()):
+        builder.store(same, first)
+    return _laid_out(builder, leaves, last)
+
+
+def _laid_out(builder: _Builder, leaves: Sequence[Leaf], last: PartPlan | None) -> PartPlan:
     if last is not None and last.specs == builder.specs:
         return PartPlan(last.specs, builder.sources, last.image)
     try:
@@ -110,7 +139,8 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 class _Builder:
-    def __init__(self) -> None:
+    def __init__(self, to: torch.dtype | None = None) -> None:
+        self._to = to
         self.specs: list[Spec] = []
         self.sources: list[Source] = []
         self._firsts: list[int] = []
@@ -129,26 +159,27 @@ class _Builder:
             views.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), []).append(leaf)
         distinct = list(views.values())
         if len(distinct) == 1 and not _overlaps_itself(distinct[0][0].tensor):
-            self._store(distinct[0], group.first)
+            self.store(distinct[0], group.first)
             return
         if not _overlap([same[0].tensor for same in distinct], group):
             for same in distinct:
-                self._store(same, group.first)
+                self.store(same, group.first)
             return
         self._store_shared(distinct, group)
 
-    def _store(self, same: list[Leaf], first: int) -> None:
+    def store(self, same: list[Leaf], first: int) -> None:
         """A tensor row-major under its own name; `same` are the leaves that are this very view."""
         t = same[0].tensor
         name = self._name(same[0])
-        code = dtypes.CODES.get(t.dtype)
+        cast = dtypes.exported(t.dtype, self._to) if self._to is not None else None
+        code = dtypes.CODES.get(cast or t.dtype)
         array_leaf = "d" in same[0].node
-        width = t.dtype.itemsize
+        width = (cast or t.dtype).itemsize
         shape = tuple(t.shape) if code else (t.numel() * width,)
         contiguous = t.is_contiguous()
         self._append(
             Spec(name, code or "U8", shape, math.gcd(_ALIGN, shape[0]) if array_leaf else width),
-            Source(t.detach(), [leaf.tensor for leaf in same], contiguous),
+            Source(t.detach(), [leaf.tensor for leaf in same], contiguous, cast),
             first,
         )
         extra: dict[str, Any] = {"n": name}
@@ -163,7 +194,7 @@ class _Builder:
         """Overlapping views: one entry for the bytes they span, and a view of it for each."""
         cover = next((same for same in distinct if _covers(same[0].tensor, group)), None)
         if cover is not None and all(_aligned(same[0].tensor, group.start) for same in distinct):
-            self._store(cover, group.first)
+            self.store(cover, group.first)
             name, start = cover[0].node["n"], group.start
             distinct = [same for same in distinct if same is not cover]
             self.sources[-1].live += [leaf.tensor for same in distinct for leaf in same]

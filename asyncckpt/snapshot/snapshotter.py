@@ -130,16 +130,19 @@ class Snapshot:
 
 
 class Snapshotter:
-    """Takes the snapshots of one Checkpointer. `overlap_parts` opts parts in whose owner calls `fence()` itself."""
+    """Takes the snapshots of one Checkpointer. `overlap_parts` opts parts in whose owner calls `fence()` itself.
 
-    def __init__(self, overlap_parts: Collection[str] = ()) -> None:
+    `exports` are the parts of which there is to be one more, and the dtypes of that: see `Describer`.
+    """
+
+    def __init__(self, overlap_parts: Collection[str] = (), exports: Mapping[str, str] | None = None) -> None:
         self.overlap_parts = frozenset(overlap_parts)
         self.fenced = 0.0
         """Seconds that optimizer steps waited at the fence."""
         self.pool = DaemonPool(1, "asyncckpt-copy")
         self._helpers: DaemonPool | None = None
         self._helper_count = 0
-        self._describer = Describer()
+        self._describer = Describer(exports or {})
         self._splits: weakref.WeakKeyDictionary[Part, _Split] = weakref.WeakKeyDictionary()
         self._owned: fence.Owned | None = None
         self._torn: set[str] = set()
@@ -178,7 +181,7 @@ class Snapshotter:
             if not size:
                 continue
             part = what.parts[name]
-            split = self._split(name, part, owned)
+            split = self._split(name, what.exports.get(name, name), part, owned)
             plan = part.plan
             on_gpu = {i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"}
             if on_gpu:
@@ -221,14 +224,15 @@ class Snapshotter:
             self._owned = fence.Owned(optimizers)
         return self._owned
 
-    def _split(self, name: str, part: Part, owned: fence.Owned | None) -> _Split:
+    def _split(self, name: str, origin: str, part: Part, owned: fence.Owned | None) -> _Split:
+        """`origin` is the part of the state that `name` stands for."""
         split = self._splits.get(part)
         if split is not None and split.owned is owned and split.torn == len(self._torn):
             return split
         eager, late, watched_names, watched = [], [], [], []
         for i, (entry, source) in enumerate(zip(part.plan.image.entries, part.plan.sources, strict=True)):
             full = f"{name}/{entry.name}"
-            if owned is None or full in self._torn or not self._may_wait(name, source, owned):
+            if owned is None or full in self._torn or not self._may_wait(origin, source, owned):
                 eager.append(i)
             else:
                 late.append(i)
@@ -313,7 +317,10 @@ def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
     for i in eager:
         source = sources[i]
         if source.data.device.type != "cuda":
-            data = dtypes.as_plain(source.data).clone(memory_format=torch.preserve_format)
+            if source.cast is None:
+                data = dtypes.as_plain(source.data).clone(memory_format=torch.preserve_format)
+            else:
+                data = source.data.to(source.cast)  # always a copy: a cast is to another dtype
             sources[i] = Source(data, source.live, source.contiguous)
     return PartPlan(plan.specs, sources, plan.image)
 

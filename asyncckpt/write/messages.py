@@ -74,7 +74,10 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """A save begins: its images grow in `arena`, in the order of `spans`. `omitted` are parts left out."""
+    """A save begins: its images grow in `arena`, in the order of `spans`.
+
+    `omitted` and `exports` are those of the manifest.
+    """
 
     save: int
     step: int
@@ -83,6 +86,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     replace: bool = False
     metrics: dict[str, float] = {}
     omitted: list[str] = []
+    exports: list[str] = []
 
 
 class Staged(msgspec.Struct, tag=True, frozen=True):

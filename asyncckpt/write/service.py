@@ -256,6 +256,7 @@ class Service:
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             metrics=dict(begin.metrics),
             omitted=begin.omitted,
+            exports=begin.exports,
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
         self._storage.publish(key, encode(manifest), replace=begin.replace)

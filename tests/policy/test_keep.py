@@ -46,7 +46,7 @@ def runs(draw: st.DrawFn, *, plain: bool = False) -> list[Record]:
                 step=step,
                 sequence=sequences[i],
                 created=None if hours is None else THEN + timedelta(hours=hours),
-                complete=not draw(flag),
+                omitted=("optimizer",) if draw(flag) else (),
                 metrics=draw(st.fixed_dictionaries({}, optional={"loss": NUMBERS, "other": NUMBERS})),
                 pinned=draw(flag),
                 finite=True if plain else draw(st.none() | st.booleans()),
@@ -155,7 +155,7 @@ def test_what_is_in_doubt_deletes_nothing_else(records: list[Record], keep: Keep
 
 @given(st.lists(st.booleans(), max_size=20), COUNTS)
 def test_last_counts_complete_ones(complete: list[bool], last: int) -> None:
-    records = [Record(step, complete=whole) for step, whole in enumerate(complete)]
+    records = [Record(step, omitted=() if whole else ("optimizer",)) for step, whole in enumerate(complete)]
     stays = kept(records, Keep(last))
     whole = [r.step for r in records if r.complete]
     lacking = [r.step for r in records if not r.complete and r.step > max(whole, default=-1)]
