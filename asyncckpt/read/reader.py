@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import msgspec
 import xxhash
@@ -15,10 +15,12 @@ import xxhash
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.format import names
-from asyncckpt.format.image import Entry, header_size, parse_header
+from asyncckpt.format.image import MAX_HEADER, Entry, header_size, parse_header
 from asyncckpt.format.manifest import Manifest, PartRecord, PrepareRecord, decode_record
-from asyncckpt.format.tree import Node
 from asyncckpt.storage.base import ReadableFile
+
+if TYPE_CHECKING:  # it would load numpy, which is a third of the time that a command line takes
+    from asyncckpt.format.tree import Node
 
 THREADS = 4
 
@@ -112,8 +114,52 @@ class CheckpointReader:
                 fetch(entries[key].offset, entries[key].offset + entries[key].nbytes)
         return PartImage(buffer, entries)
 
-    def verify(self) -> None:
+    def entries(self, part: str) -> dict[str, Entry]:
+        """The tensors in the image of `part`; only the chunks that hold its header are read.
+
+        Raises:
+            CheckpointNotFoundError: no such part.
+            CorruptCheckpointError: one of these chunks is not what was committed, or the header makes no sense.
+        """
+        record = self.part(part)
+        if record.file is None:
+            return {}
+        room = -(-(8 + MAX_HEADER) // record.chunk_size) * record.chunk_size
+        with self._open(part, record) as file:
+            buffer = _allocate(min(record.size, room))
+            fetched: set[int] = set()
+
+            def fetch(start: int, end: int) -> None:
+                for index in sorted(set(range(start // record.chunk_size, -(-end // record.chunk_size))) - fetched):
+                    self._read_chunk(part, record, file, index, buffer)
+                    fetched.add(index)
+
+            return self._entries(part, record, buffer, fetch)
+
+    @contextmanager
+    def chunks(self, part: str) -> Iterator[Callable[[int], memoryview]]:
+        """A function that gives a chunk of the image of `part` by its number, verified, in memory of its own.
+
+        Raises:
+            CheckpointNotFoundError: no such part, or it has no image.
+            CorruptCheckpointError, from that function: the chunk is missing, short, or not what was committed.
+        """
+        record = self.part(part)
+        if record.file is None:
+            raise CheckpointNotFoundError(f"step {self.step}, part {part!r} holds no tensors")
+        with self._open(part, record) as file:
+
+            def read(index: int) -> memoryview:
+                chunk = _allocate(min(record.chunk_size, record.size - index * record.chunk_size))
+                self._check_chunk(part, record, file, index, chunk)
+                return chunk
+
+            yield read
+
+    def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read every byte from the storage, not from the memory of the system, and check it; in bounded memory.
+
+        `on_bytes` is called with the bytes of each chunk that was checked, from several threads.
 
         Raises:
             CorruptCheckpointError: where a byte is not what was committed.
@@ -129,6 +175,8 @@ class CheckpointReader:
 
                 def check(index: int, name: str = name, record: PartRecord = record, file: ReadableFile = file) -> None:
                     self._check_chunk(name, record, file, index, _allocate(record.chunks[index].stored))
+                    if on_bytes is not None:
+                        on_bytes(record.chunks[index].stored)
 
                 for _ in pool.map(check, range(len(record.chunks))):
                     pass
