@@ -12,7 +12,7 @@ PATIENCE = 1.0
 
 
 @contextmanager
-def bar(total: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
+def bar(total: Callable[[], tuple[int, int]], text: str = "writing checkpoints") -> Iterator[Callable[[], None]]:
     """Gives a function to call now and then; from the first call after `PATIENCE` seconds on it draws a bar.
 
     `total` says (bytes done, bytes in all). Nothing is drawn where stderr is not a terminal.
@@ -25,7 +25,7 @@ def bar(total: Callable[[], tuple[int, int]]) -> Iterator[Callable[[], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task("writing checkpoints", total=None)
+    task = progress.add_task(text, total=None)
     begun = time.monotonic()
     shown = False
 

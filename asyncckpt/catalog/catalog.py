@@ -85,6 +85,18 @@ class Catalog:
                 found += [record] if record is not None else []
         return found
 
+    def record(self, step: int) -> Record:
+        """What is known of `step`: see `records`.
+
+        Raises:
+            CheckpointNotFoundError: it is not committed.
+        """
+        noted = names.NOTES in self.storage.list(names.step_name(step))
+        record = self._record_of(step, noted, self.rewinds())
+        if record is None:
+            raise CheckpointNotFoundError(f"no checkpoint of step {step} in {self.storage.url}")
+        return record
+
     def _record_of(self, step: int, noted: bool, rewinds: Rewinds) -> Record | None:
         """None where it went while we were looking."""
         try:

@@ -9,6 +9,7 @@ asked.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointBusyError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
@@ -19,6 +20,13 @@ from asyncckpt.policy.records import Record
 from asyncckpt.storage.base import Hold, Storage
 
 log = logging.getLogger("asyncckpt")
+
+
+def _kinds(records: list[Record]) -> list[list[Record]]:
+    """What a restore may want the newest of: any checkpoint, a complete one, one not known to hold NaN or inf."""
+    candidates = [r for r in records if not r.rewound and not r.damaged]
+    whole = [r for r in candidates if r.complete]
+    return [candidates, whole, [r for r in whole if sound(r)]]
 
 
 class Custody:
@@ -160,16 +168,28 @@ class Custody:
 
         Empty where nothing at all is verified: then nothing may be deleted.
         """
-        candidates = [r for r in records if not r.rewound and not r.damaged]
-        if not any(r.step in self.verified for r in candidates):
+        kinds = _kinds(records)
+        if not any(r.step in self.verified for r in kinds[0]):
             return set()
-        whole = [r for r in candidates if r.complete]
         safe: set[int] = set()
-        for kind in (candidates, whole, [r for r in whole if sound(r)]):
+        for kind in kinds:
             steps = {r.step for r in kind}
             verified = steps & self.verified
             safe |= {max(verified)} if verified else steps
         return safe
+
+    def vouch(self, check: Callable[[int], bool]) -> None:
+        """Verify the newest of each kind that a restore may want, so that retention has something to rely on.
+
+        `check` reads a step, and says whether it is whole; of each kind, the newest for which it does is trusted.
+        """
+        damaged: set[int] = set()
+        for kind in _kinds(self.catalog.records()):
+            for step in [r.step for r in reversed(kind) if r.step not in damaged]:
+                if step in self.verified or check(step):
+                    self.trust(step)
+                    break
+                damaged.add(step)
 
     def delete(self, step: int) -> None:
         """Make `step` not exist, then remove its bytes.

@@ -14,7 +14,7 @@ import asyncckpt
 ROOT = Path(asyncckpt.__file__).parent
 LAYERS = [
     "errors", "format", "policy", "codec", "storage", "catalog", "read", "write", "writer", "snapshot", "dist",
-    "signals", "checkpointer", "integrations", "testing", "cli",
+    "signals", "checkpointer", "integrations", "testing", "cli", "__main__",
 ]  # fmt: skip
 """What stands later may import what stands earlier, never the other way."""
 FACE = {"checkpointer", "run", "session", "link", "handle", "progress", "arguments", "stats", "schedule", "preemption"}
@@ -141,7 +141,7 @@ def test_no_call_runs_code_from_data() -> None:
                 assert called not in RUNS_CODE, (name, called)
 
 
-@pytest.mark.parametrize("module", ["asyncckpt.writer", "asyncckpt", "asyncckpt.read.select"])
+@pytest.mark.parametrize("module", ["asyncckpt.writer", "asyncckpt", "asyncckpt.read.select", "asyncckpt.cli.app"])
 def test_in_a_real_process_torch_is_not_loaded(module: str) -> None:
     code = f"import {module}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
