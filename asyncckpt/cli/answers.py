@@ -151,10 +151,7 @@ def safe(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> Iterable[str]:
-    """Aligned columns; those whose number is in `right` are flush right. Nothing is cut off, so that it can be grepped.
-
-    Not rich's: that takes a third of a second for a thousand rows, and folds them where there is no terminal.
-    """
+    """Aligned columns; those whose number is in `right` are flush right. Nothing is cut off or folded, so that it can be grepped."""
     cells = [[safe(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     flush = set(right)

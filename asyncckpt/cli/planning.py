@@ -186,7 +186,7 @@ def _lines(
             ["Young 1974", show_seconds(models["young"]), ""],
             ["Daly 2006", show_seconds(models["daly"]), ""],
             ["exact optimum, were nothing else to limit it", show_seconds(models["optimum"]), ""],
-            ["ETTR form, Kokolis et al. 2024 (first order)", show_seconds(best.interval), f"{models['ettr']:.2%}"],
+            ["effective training time ratio, first order", show_seconds(best.interval), f"{models['ettr']:.2%}"],
             ["exact, exponential failures", show_seconds(best.interval), f"{found.goodput:.2%}"],
             *([] if played is None else [_played_row(best, played)]),
             *([] if asked is None else [["exact, as asked", show_seconds(asked.interval), f"{asked.goodput:.2%}"]]),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 
 MANIFEST = "manifest.json"
 RECORD = "state.json"
@@ -36,7 +36,7 @@ def parse_step(name: str) -> int | None:
 
 
 def new_attempt() -> str:
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 def is_attempt(name: str) -> bool:
@@ -63,7 +63,7 @@ def is_data_file(name: str) -> bool:
 
 def temporary(name: str) -> str:
     """A fresh name for the file that will be renamed to `name`. Never reused."""
-    return f".{name}-{secrets.token_hex(6)}.tmp"
+    return f".{name}-{os.urandom(6).hex()}.tmp"
 
 
 def is_temporary(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncckpt.policy.cadence import Measured, Moment
+from asyncckpt.policy.plan import daly
 
 Limit = Literal["overhead", "drain", "failures", "step"]
 _LEARNING = 2
@@ -64,7 +65,7 @@ class Auto:
             wanted.append((measured.to_committed, "drain", text))
         if self.mtbf is not None:
             text = f"with a failure every {self.mtbf:g} s, and a tax of {tax:.3g} s, this loses the least"
-            wanted.append((daly(tax, self.mtbf), "failures", text))
+            wanted.append((daly(tax, self.mtbf) + tax, "failures", text))
         seconds, limit, why = max(wanted)
         return Interval(seconds, math.ceil(seconds / step - 1e-9) if step else None, limit, why)
 
@@ -109,19 +110,6 @@ class Pacer:
         if measured.quiet_steps is None:
             return moment.since_save >= _UNHEARD
         return measured.quiet_steps >= _QUIET_STEPS
-
-
-def daly(cost: float, mtbf: float) -> float:
-    """The time from the start of one save to that of the next which loses least, all in seconds.
-
-    Daly's higher-order estimate: "A higher order estimate of the optimum checkpoint interval for restart dumps",
-    Future Generation Computer Systems 22 (2006), equation 37. Its first term is Young's. He counts the time between
-    saves, this the cost as well.
-    """
-    if cost >= 2 * mtbf:
-        return mtbf + cost
-    ratio = cost / (2 * mtbf)
-    return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(ratio) / 3 + ratio / 9)
 
 
 def _is_number(value: object) -> bool:

@@ -10,7 +10,7 @@ Sources:
     J. W. Young, A first order approximation to the optimum checkpoint interval, CACM 17(9), 1974
     J. T. Daly, A higher order estimate of the optimum checkpoint interval for restart dumps, FGCS 22(3), 2006
     A. Kokolis et al., Revisiting reliability in large-scale machine learning research clusters, HPCA 2025,
-        arXiv:2410.21680 (the effective training time ratio, and 6.5e-3 failures per node-day)
+        arXiv:2410.21680 (the effective training time ratio as the measure, and 6.5e-3 failures per node-day)
     The Llama 3 herd of models, 2024, arXiv:2407.21783 (419 unexpected interruptions in 54 days)
 """
 
@@ -43,7 +43,10 @@ def young(tax: float, mtbf: float) -> float:
 
 
 def daly(tax: float, mtbf: float) -> float:
-    """Daly's work between saves (his equation 37): Young's with two more terms; the MTBF from a tax of 2 MTBF on."""
+    """Daly's work between saves (his equation 37): Young's with two more terms; the MTBF from a tax of 2 MTBF on.
+
+    From the start of one save to that of the next it is the tax more.
+    """
     _check("daly", zero=("tax",), tax=tax, mtbf=mtbf)
     half = tax / (2 * mtbf)
     if half >= 1:
@@ -69,10 +72,11 @@ def optimum(tax: float, mtbf: float) -> float:
 
 
 def ettr(interval: float, tax: float, mtbf: float, restart: float) -> float:
-    """The effective training time ratio of Kokolis et al.: (1 - (restart + interval/2) / mtbf) / (1 + tax / interval).
+    """The effective training time ratio to first order: (1 - (restart + interval/2) / mtbf) / (1 + tax / interval).
 
-    `interval` is the work between saves here. It is of first order, knows no exposure, and goes below zero where
-    failures come faster than restarts.
+    `interval` is the work between saves here. In a time T there are T / mtbf failures; each costs a restart and, on
+    average, half of an interval's work. In what is left, each interval is followed by the tax of a save. It knows no
+    exposure, no failure in a restart and no queue, and goes below zero where failures come faster than restarts.
     """
     _check("ettr", zero=("tax", "restart"), interval=interval, tax=tax, mtbf=mtbf, restart=restart)
     return (1 - (restart + interval / 2) / mtbf) / (1 + tax / interval)
