@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 MANIFEST = "manifest.json"
@@ -36,7 +35,13 @@ def parse_step(name: str) -> int | None:
 
 
 def new_attempt() -> str:
-    return os.urandom(6).hex()
+    return _fresh()
+
+
+def _fresh() -> str:
+    import secrets  # whoever only reads need not wait for what it loads
+
+    return secrets.token_hex(6)
 
 
 def is_attempt(name: str) -> bool:
@@ -63,7 +68,7 @@ def is_data_file(name: str) -> bool:
 
 def temporary(name: str) -> str:
     """A fresh name for the file that will be renamed to `name`. Never reused."""
-    return f".{name}-{os.urandom(6).hex()}.tmp"
+    return f".{name}-{_fresh()}.tmp"
 
 
 def is_temporary(name: str) -> bool:
