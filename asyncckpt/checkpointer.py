@@ -74,6 +74,7 @@ class Checkpointer:
         ValueError, TypeError: an argument that makes no sense.
         ConflictError: another writer owns the run, still after `lock_timeout` seconds.
         StorageError: the directory can't be used, or the writer can't be started.
+        CheckpointError: signals can't be listened to: there are too many open files, or threads.
     """
 
     def __init__(
@@ -130,11 +131,15 @@ class Checkpointer:
         except BaseException:
             self._snapshotter.close()
             raise
-        self._taken = set(self._run.taken())  # by the owner: from now on only this one adds to them
-        fence.install(self._schedule.meter)
-        _open.add(self)
-        if self._watch is not None:
-            self._watch.start()
+        try:
+            self._taken = set(self._run.taken())  # by the owner: from now on only this one adds to them
+            fence.install(self._schedule.meter)
+            if self._watch is not None:
+                self._watch.start()
+            _open.add(self)
+        except BaseException:
+            self._end()
+            raise
 
     def __repr__(self) -> str:
         return f"Checkpointer({self._run.storage.url!r})"

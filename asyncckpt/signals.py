@@ -21,6 +21,8 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import Protocol
 
+from asyncckpt.errors import CheckpointError
+
 log = logging.getLogger("asyncckpt")
 _ECHO = 1.0
 """Seconds within which the same signal again is the same one, passed on by scheduler and launcher both."""
@@ -56,12 +58,19 @@ def check(numbers: Iterable[int]) -> None:
 
 
 def listen(listener: Listener, numbers: Iterable[int]) -> None:
-    """Tell `listener` of these signals. See `check` for what is raised."""
+    """Tell `listener` of these signals. See `check` for what is raised.
+
+    Raises:
+        CheckpointError: there are too many open files, or threads.
+    """
     numbers = list(numbers)
     check(numbers)
     with _lock:
         _put_back()
-        _wakeup.open()
+        try:
+            _wakeup.open()
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"can't listen for signals: {error}. Raise the limits of this process.") from error
         for number in numbers:
             known = _handlers.get(number)
             if known is not None and known.in_use():
@@ -168,11 +177,19 @@ class _Wakeup:
     def open(self) -> None:
         if self._ends is not None:
             return
-        self._ends = reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        self._before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        self._passed_on = os.dup(self._before) if self._before >= 0 else None
-        threading.Thread(target=_read, args=(reading, self._passed_on), name="asyncckpt-signals", daemon=True).start()
+        with contextlib.ExitStack() as undo:
+            reading, writing = os.pipe()
+            undo.callback(os.close, reading)
+            undo.callback(os.close, writing)
+            os.set_blocking(writing, False)
+            before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            undo.callback(signal.set_wakeup_fd, before)
+            passed_on = os.dup(before) if before >= 0 else None
+            if passed_on is not None:
+                undo.callback(os.close, passed_on)
+            threading.Thread(target=_read, args=(reading, passed_on), name="asyncckpt-signals", daemon=True).start()
+            undo.pop_all()
+        self._ends, self._before, self._passed_on = (reading, writing), before, passed_on
 
     def make_sure(self, number: int) -> None:
         """Signal `number` has come, on the main thread: if the wakeup fd is somebody else's by now, tell the thread."""

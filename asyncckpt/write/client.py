@@ -54,38 +54,48 @@ class Writer(Protocol):
 
 
 class ProcessWriter:
-    """The service in a process of its own session, which ignores INT, TERM and HUP."""
+    """The service in a process of its own session, which ignores INT, TERM and HUP.
+
+    Raises:
+        StorageError: the process can't be started, or not be watched.
+    """
 
     def __init__(self, on_reply: OnReply, on_death: OnDeath) -> None:
         self._on_reply, self._on_death = on_reply, on_death
-        ours, theirs = socket.socketpair()
-        with contextlib.suppress(OSError):
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        pass_fds = [theirs.fileno()]
-        arguments = ["--socket", str(theirs.fileno())]
-        trainer = os.pidfd_open(os.getpid()) if hasattr(os, "pidfd_open") else None
-        if trainer is not None:
-            pass_fds.append(trainer)
-            arguments += ["--trainer", str(trainer)]
-        try:
+        self._lock = threading.Lock()
+        with contextlib.ExitStack() as undo:
+            try:
+                self._start(undo)
+            except (OSError, RuntimeError) as error:  # too many files; no memory for a process or thread
+                number = error.errno if isinstance(error, OSError) else None
+                raise StorageError(f"can't start the writer process: {error}", retryable=True, errno=number) from error
+            undo.pop_all()
+
+    def _start(self, undo: contextlib.ExitStack) -> None:
+        """Start the process, and the thread that listens to it; what has to be undone if a later step fails is noted."""
+        with contextlib.ExitStack() as theirs:
+            self._socket, link = socket.socketpair()
+            undo.callback(self._socket.close)
+            theirs.callback(link.close)
+            with contextlib.suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            arguments, fds = ["--socket", str(link.fileno())], [link.fileno()]
+            trainer = _pidfd(os.getpid(), theirs)
+            if trainer is not None:
+                arguments += ["--trainer", str(trainer)]
+                fds.append(trainer)
             self._process = subprocess.Popen(
                 [*COMMAND, *arguments],
-                pass_fds=pass_fds,
+                pass_fds=fds,
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_environment(),
             )
-        except OSError as error:
-            ours.close()
-            raise StorageError(f"can't start the writer process: {error}", errno=error.errno) from error
-        finally:
-            theirs.close()
-            if trainer is not None:
-                os.close(trainer)
-        self._socket = ours
-        self._lock = threading.Lock()
-        self._listener = threading.Thread(target=self._listen, name="asyncckpt-listen", daemon=True)
+        undo.callback(self._process.wait)
+        undo.callback(self._process.kill)
+        child = _pidfd(self._process.pid, undo)
+        self._listener = threading.Thread(target=self._listen, args=[child], name="asyncckpt-listen", daemon=True)
         self._listener.start()
 
     @property
@@ -105,9 +115,8 @@ class ProcessWriter:
         self._listener.join(timeout)
         return not self._listener.is_alive()
 
-    def _listen(self) -> None:
+    def _listen(self, child: int | None) -> None:
         deframer = m.Deframer(m.Reply)
-        child = os.pidfd_open(self._process.pid) if hasattr(os, "pidfd_open") else None
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if child is not None:
@@ -146,7 +155,10 @@ class ThreadWriter:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="asyncckpt-service", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StorageError(f"can't start the writer thread: {error}", retryable=True) from error
         self._ready.wait()
 
     @property
@@ -154,7 +166,8 @@ class ThreadWriter:
         return os.getpid()
 
     def send(self, message: m.Request, memory: memoryview | None = None) -> None:
-        assert self._loop is not None
+        if self._loop is None:
+            return  # it never came to be: on_death has told
         with contextlib.suppress(RuntimeError):  # the loop is closed: on_death has told
             self._loop.call_soon_threadsafe(self._service.receive, message, memory)
 
@@ -177,10 +190,19 @@ class ThreadWriter:
             self._on_death(reason)
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._service = Service(self._on_reply, workers=Workers(THREADS, nice=0), posix=self._posix)
+        self._loop = asyncio.get_running_loop()
         self._ready.set()
         await self._service.finished()
+
+
+def _pidfd(pid: int, closing: contextlib.ExitStack) -> int | None:
+    """What tells the end of a process; `closing` closes it. None where the system has no such thing."""
+    if not hasattr(os, "pidfd_open"):
+        return None
+    fd = os.pidfd_open(pid)
+    closing.callback(os.close, fd)
+    return fd
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

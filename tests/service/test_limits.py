@@ -1,17 +1,21 @@
 """Limits of the system are exceptions, never a death by signal; when they are lifted, the next save works."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from support.processes import PATIENCE
+from support.processes import PATIENCE, until
 
 import asyncckpt
 
 STATE = {"x": torch.arange(1 << 18)}  # 2 MiB
+PREEMPT = asyncckpt.Preemption(signals=(signal.SIGUSR2,))
 SHM = """
 import os, sys, torch, asyncckpt
 assert os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize <= 65536
@@ -85,3 +89,54 @@ def test_too_little_address_space_for_a_snapshot_is_a_clear_error(tmp_path, writ
         ):
             ckpt.save(1, {"x": large})
         assert ckpt.save(1, STATE).result(PATIENCE) == "committed"
+
+
+@contextmanager
+def files_left(count):
+    """While inside, this process can open so many files more."""
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    try:
+        with limit(0, resource.RLIMIT_NOFILE, highest + 1):
+            with suppress(OSError):
+                while True:  # what holes there are
+                    taken.append(os.dup(taken[0]))
+            for fd in taken[:count]:
+                os.close(fd)
+            del taken[:count]
+            yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("writer", ["process", "thread"])
+def test_with_few_files_left_to_open_all_is_a_clear_error_or_done(tmp_path, writer):
+    """Whatever count of them is left, when it is made or later: nothing hangs, nothing stays behind, no bare OSError."""
+    state = {"x": torch.arange(5000)}
+    ends = Counter()
+
+    def attempt(what, deed):
+        try:
+            deed()
+        except asyncckpt.CheckpointError:
+            ends[f"{what} refused"] += 1
+        else:
+            ends[f"{what} done"] += 1
+
+    for left in range(9):
+        run = tmp_path / str(left)
+        with asyncckpt.Checkpointer(run, writer=writer) as ckpt:
+            with files_left(left):
+                attempt("save", lambda ckpt=ckpt: ckpt.save(1, state).result(PATIENCE))
+                attempt("steps", ckpt.steps)
+            assert ckpt.save(2, state).result(PATIENCE) == "committed"
+        before = len(os.listdir("/proc/self/fd"))
+        with files_left(left):
+            attempt("open", lambda run=run: asyncckpt.Checkpointer(run, writer=writer, preempt=PREEMPT).close())
+            attempt("restore", lambda run=run: asyncckpt.restore(run, dict(state)))
+        until(lambda before=before: len(os.listdir("/proc/self/fd")) <= before)
+        with asyncckpt.Checkpointer(run, writer=writer, lock_timeout=PATIENCE) as ckpt:
+            assert ckpt.latest() == 2
+    for what in ("save", "steps", "open", "restore"):
+        assert ends[f"{what} refused"] and ends[f"{what} done"], ends
