@@ -12,12 +12,13 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.snapshot.available import available_memory
 
 PAGE = 4096
 _PIECE = 32 << 20
@@ -162,37 +163,3 @@ class ArenaPool:
     def _discard(self, arena: Arena) -> None:
         del self._sizes[arena.id]
         arena.close()
-
-
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, by the system and by the cgroup; None where that can't be asked."""
-    known = [n for n in (_system_available(), *_cgroup_available()) if n is not None]
-    return min(known, default=None)
-
-
-def _system_available() -> int | None:
-    try:
-        with open("/proc/meminfo", "rb") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
-
-
-def _cgroup_available() -> Iterable[int | None]:
-    """What limits of the cgroup (version 2) and of the cgroups above it leave."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            path = next(line.strip()[3:] for line in file if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return
-    while True:
-        folder = "/sys/fs/cgroup" + path
-        try:
-            with open(folder + "/memory.max") as limit, open(folder + "/memory.current") as current:
-                text = limit.read().strip()
-                yield None if text == "max" else max(0, int(text) - int(current.read()))
-        except (OSError, ValueError):
-            pass
-        if path in ("", "/"):
-            return
-        path = os.path.dirname(path)

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
 from support.processes import PATIENCE, until
 
 import asyncckpt
+from asyncckpt.write import client
 
 STATE = {"x": torch.arange(1 << 18)}  # 2 MiB
 PREEMPT = asyncckpt.Preemption(signals=(signal.SIGUSR2,))
@@ -26,6 +28,53 @@ with asyncckpt.Checkpointer(sys.argv[1]) as ckpt:
     assert ckpt.verify() == 3
 assert torch.equal(asyncckpt.load(sys.argv[1])["x"], state["x"])
 """
+IN_CGROUP = """
+import sys, torch, asyncckpt
+from asyncckpt.snapshot.available import available_memory
+folder, limit, procs = sys.argv[1:]
+small, large = {"x": torch.arange(1 << 18)}, {"x": torch.zeros(48 << 20)}
+ckpt = asyncckpt.Checkpointer(folder)
+ckpt.save(1, small).result(60)
+with open(procs, "w") as file:  # from here on what it takes counts
+    file.write("0")
+assert available_memory() <= int(limit), available_memory()
+try:
+    ckpt.save(2, large)
+except asyncckpt.CheckpointError as error:
+    assert "bytes of memory" in str(error), error
+else:
+    raise AssertionError("192 MiB were taken, and the limit is less")
+assert ckpt.save(2, small).result(60) == "committed"
+ckpt.close()
+"""
+
+
+@pytest.fixture
+def cgroup():
+    """A folder of a new cgroup with a limit of memory, and the limit."""
+    for root, name in (("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")):
+        folder = Path(root, f"asyncckpt-test-{os.getpid()}")
+        if not Path(root, "cgroup.procs").exists():
+            continue
+        try:
+            folder.mkdir()
+            (folder / name).write_text(str(160 << 20))
+        except OSError:
+            with suppress(OSError):
+                folder.rmdir()
+            continue
+        yield folder, 160 << 20
+        folder.rmdir()
+        return
+    pytest.skip("needs root, and a cgroup file system that may be written to")
+
+
+def test_a_limit_of_the_cgroup_is_told_before_it_is_met(tmp_path, cgroup):
+    """Beyond it nothing is told: a process is killed. (Arenas count where they are touched first: in the trainer.)"""
+    folder, most = cgroup
+    arguments = [str(tmp_path / "run"), str(most), str(folder / "cgroup.procs")]
+    done = subprocess.run([sys.executable, "-c", IN_CGROUP, *arguments], capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_a_small_dev_shm_does_not_matter(tmp_path):
@@ -66,10 +115,21 @@ def test_a_limit_of_file_size_fails_the_save_and_leaves_the_writer(tmp_path):
         assert ckpt.verify() == 2
 
 
-def test_a_writer_that_can_take_no_arena_is_told_and_replaced(tmp_path):
+def address_space(pid):
+    """Bytes."""
+    with open(f"/proc/{pid}/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
+
+
+@pytest.mark.parametrize("what", ["files", "address space"])
+def test_a_writer_that_can_take_no_arena_is_told_and_replaced(tmp_path, what):
     with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
         writer = ckpt.stats().writer_pid
-        with limit(writer, resource.RLIMIT_NOFILE, 3):
+        limits = {
+            "files": (resource.RLIMIT_NOFILE, 3),
+            "address space": (resource.RLIMIT_AS, address_space(writer) + (1 << 20)),
+        }
+        with limit(writer, *limits[what]):
             with pytest.raises(asyncckpt.StorageError, match=r"the writer .* before step 1"):
                 ckpt.save(1, STATE).result(PATIENCE)
             assert ckpt.steps() == []
@@ -77,14 +137,23 @@ def test_a_writer_that_can_take_no_arena_is_told_and_replaced(tmp_path):
         assert ckpt.stats().writer_pid != writer
 
 
+@pytest.mark.parametrize("what", ["ulimit -v 40000", "ulimit -n 5"])
+def test_a_writer_that_cannot_even_start_is_told(tmp_path, monkeypatch, what):
+    """It has the limits of its trainer, which may be met by anything in it, an import as well as a thread."""
+    with monkeypatch.context() as limited:
+        limited.setattr(client, "COMMAND", ["sh", "-c", f'{what}; exec "$0" "$@"', *client.COMMAND])
+        with pytest.raises(asyncckpt.StorageError, match="before it owned the run"):
+            asyncckpt.Checkpointer(tmp_path / "run")
+    with asyncckpt.Checkpointer(tmp_path / "run", lock_timeout=PATIENCE) as ckpt:
+        assert ckpt.save(1, STATE).result(PATIENCE) == "committed"
+
+
 @pytest.mark.parametrize("writer", ["process", "thread"])
 def test_too_little_address_space_for_a_snapshot_is_a_clear_error(tmp_path, writer):
     large = torch.zeros(40 << 20)
     with asyncckpt.Checkpointer(tmp_path / "run", writer=writer) as ckpt:
-        with open("/proc/self/status") as status:
-            used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmSize"))
         with (
-            limit(0, resource.RLIMIT_AS, used + (64 << 20)),
+            limit(0, resource.RLIMIT_AS, address_space("self") + (64 << 20)),
             pytest.raises(asyncckpt.CheckpointError, match="no memory"),
         ):
             ckpt.save(1, {"x": large})
