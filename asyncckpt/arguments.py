@@ -8,6 +8,7 @@ from typing import Any
 
 from asyncckpt.format import names
 from asyncckpt.policy.auto import Auto
+from asyncckpt.policy.keep import Keep
 
 
 def checked_parts(state: Mapping[str, Any], parts: Iterable[str] | None) -> list[str] | None:
@@ -30,10 +31,12 @@ def checked_step(step: int) -> int:
     return number
 
 
-def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     checked = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError("text")
             number = float(value)
         except (TypeError, ValueError) as error:
             raise TypeError(f"metrics[{name!r}] is {value!r}; give a number") from error
@@ -70,3 +73,10 @@ def check_cadence(cadence: object) -> None:
     usable = isinstance(cadence, Auto) or callable(getattr(cadence, "due", None))
     if cadence is not None and (isinstance(cadence, type) or not usable):
         raise TypeError(f"cadence={cadence!r}: give asyncckpt.Every(steps=100), or an object with a method due(moment)")
+
+
+def check_keep(keep: object) -> None:
+    if keep is not None and (isinstance(keep, type) or not (isinstance(keep, Keep) or callable(keep))):
+        raise TypeError(
+            f"keep={keep!r}: give asyncckpt.Keep(last=3), or a function from records to the steps that may go"
+        )

@@ -22,8 +22,9 @@ from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
 from asyncckpt.policy.auto import Auto
 from asyncckpt.policy.cadence import Cadence
-from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.keep import Keep, Policy
 from asyncckpt.policy.overlap import OverlapTrial
+from asyncckpt.policy.records import Record
 from asyncckpt.preemption import Notice, Preemption, Watch, announce, report
 from asyncckpt.run import Directory, Filling, Run
 from asyncckpt.schedule import Schedule
@@ -52,7 +53,9 @@ class Checkpointer:
         cadence: when `maybe_save` saves: `Every`, `Auto`, or any object with the method of `Cadence`.
         preempt: what counts as a notice to leave, such as `Preemption()`, which installs signal handlers; without it,
             no signal is touched. See `preempted`.
-        keep: which checkpoints stay; without it, all.
+        keep: which checkpoints stay; without it, all. Or a function of your own: from the records of the run, oldest
+            first, the steps that may go. It runs in this process, on a thread of the library, after a commit. Where
+            it raises, or this process is gone, nothing is deleted; its error counts as that of a failed save.
         export: parts that are saved once more, with their floating tensors cast: {"model": "bf16"} (or "fp16", "fp32")
             adds a part "model-bf16", to be read by `load` or from its file. `restore` never takes it.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
@@ -83,7 +86,7 @@ class Checkpointer:
         *,
         cadence: Cadence | Auto | None = None,
         preempt: Preemption | None = None,
-        keep: Keep | None = None,
+        keep: Keep | Policy | None = None,
         export: Mapping[str, str] | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
@@ -102,10 +105,9 @@ class Checkpointer:
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
         exports = arguments.checked_export(export or {})
-        if keep is not None and not isinstance(keep, Keep):
-            raise TypeError(f"keep={keep!r}: give asyncckpt.Keep(last=3)")
         if preempt is not None and not isinstance(preempt, Preemption):
             raise TypeError(f"preempt={preempt!r}: give asyncckpt.Preemption()")
+        arguments.check_keep(keep)
         if memory_limit is not None:
             arguments.check_whole("memory_limit", memory_limit)
         if not lock_timeout >= 0:
@@ -124,6 +126,7 @@ class Checkpointer:
         self._newest: SaveHandle | None = None
         self._passed_over: set[int] = set()
         self._warned: set[BaseException] = set()
+        self._metric_missed = False
         try:
             self._session = Session(
                 options, self._snapshotter, self._save_ended, max_in_flight=max_in_flight, memory_limit=memory_limit
@@ -160,12 +163,14 @@ class Checkpointer:
 
         Args:
             step: from 0 on. Saving a committed step needs `overwrite`; it stays readable until the new one replaces
-                it. Steps of a branch left by `rewind`, and damaged ones that `restore` passed over, are free.
+                it. Steps of a branch left by `rewind`, if not pinned, and damaged ones that `restore` passed over, are
+                free.
             state: named parts. Values: anything with `state_dict()` and `load_state_dict()`, or nested dicts, lists
                 and tuples of tensors, numpy arrays and plain values.
             parts: save only these parts. Unless they are all, such a checkpoint is not complete: retention keeps a
                 complete one beside it; to `restore` the whole state while it is the newest, give the step of that.
-            metrics: numbers to be kept with the checkpoint.
+            metrics: numbers to be kept with the checkpoint. One that `keep` goes by and that is not there yet may come
+                by `annotate`; until it does, or a later step has it, the checkpoint stays.
             when_full: instead of the Checkpointer's.
 
         Raises:
@@ -183,6 +188,7 @@ class Checkpointer:
         when_full = self._when_full if when_full is None else when_full
         arguments.check_choice("when_full", when_full, _WHEN_FULL)
         numbers = arguments.checked_metrics(metrics or {})
+        self._look_for_metric(numbers)
         replace = self._may_replace(step, overwrite)
         what = self._snapshotter.describe(state, arguments.checked_parts(state, parts))
         self._check_room(what.size)
@@ -345,10 +351,30 @@ class Checkpointer:
 
         Raises:
             CheckpointNotFoundError: it is not committed.
+            CheckpointBusyError: it is pinned, or somebody reads it.
             StorageError: the storage failed.
         """
         self._check_usable()
         self._session.delete(arguments.checked_step(step))
+
+    def annotate(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Durably add `metrics` to those of a committed step: see `Run.annotate`, which other processes may use."""
+        self._check_usable()
+        self._run.annotate(step, metrics)
+
+    def pin(self, step: int) -> None:
+        """Durably keep a committed step from every policy and from `delete`, until `unpin`: see `Run.pin`."""
+        self._check_usable()
+        self._run.pin(step)
+
+    def unpin(self, step: int) -> None:
+        """Take back `pin`."""
+        self._check_usable()
+        self._run.unpin(step)
+
+    def records(self) -> list[Record]:
+        """What is known of every committed checkpoint, oldest first: see `Run.records`."""
+        return self._run.records()
 
     def stats(self) -> Stats:
         """What has been done so far."""
@@ -394,6 +420,7 @@ class Checkpointer:
             self.wait_until_flushed()
         finally:
             self._end()
+        self._raise_failures()  # of the policy, after the last commit
 
     def __enter__(self) -> Self:
         return self
@@ -503,11 +530,39 @@ class Checkpointer:
             raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
         if step not in self._taken or not self._run.exists(step):
             return False
-        if step in self._passed_over or step not in self._run.steps():
+        if step in self._passed_over or self._left_behind(step):
             return True
         raise CheckpointExistsError(
             f"step {step} is committed already in {self._run.storage.url}. Give overwrite=True to replace it, or "
             "restore(..., rewind=True) to leave the branch it is on."
+        )
+
+    def _left_behind(self, step: int) -> bool:
+        """Whether `step` lies on a branch that was left, and is free to be saved anew.
+
+        Raises:
+            CheckpointExistsError: it is pinned there.
+        """
+        if step in self._run.steps():
+            return False
+        if self._run.is_pinned(step):
+            raise CheckpointExistsError(
+                f"step {step} is pinned in {self._run.storage.url}, on a branch that was left. Unpin it, or give "
+                "overwrite=True to replace it."
+            )
+        return True
+
+    def _look_for_metric(self, metrics: Mapping[str, float]) -> None:
+        """Say once that a save lacks the metric that retention goes by."""
+        keep = self._session.options.keep
+        if self._metric_missed or not isinstance(keep, Keep) or keep.metric is None or keep.metric in metrics:
+            return
+        self._metric_missed = True
+        log.warning(
+            "keep= goes by the metric %r, which this save lacks (it has: %s). Checkpoints stay until it comes, by "
+            "annotate, or a later one has it.",
+            keep.metric,
+            ", ".join(metrics) or "none",
         )
 
     def _check_room(self, size: int) -> None:

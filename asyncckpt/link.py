@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from asyncckpt.errors import StorageError
-from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.keep import Keep, Policy
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
@@ -48,7 +48,7 @@ class Options:
     """What a writer is told once."""
 
     root: str
-    keep: Keep | None
+    keep: Keep | Policy | None
     lock_timeout: float
     process: bool
     direct: bool = True
@@ -58,8 +58,8 @@ class Options:
 class Link:
     """At most one writer at a time. `changed` guards the tables and is notified of what happens.
 
-    `on_reply` gets what a writer says of saves, `on_death` the reason when one that had been opened has ended; both are
-    called from a thread of the writer's.
+    `on_reply` gets what a writer says of saves, `on_ask` the writer and what it asks of the policy, `on_death` the
+    reason when one that had been opened has ended; they are called from a thread of the writer's.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class Link:
         options: Options,
         changed: threading.Condition,
         on_reply: Callable[[OfSave], None],
+        on_ask: Callable[[Writer, m.Ask], None],
         on_death: Callable[[str], None],
     ) -> None:
         self._options, self._changed = options, changed
-        self._on_reply, self._on_death = on_reply, on_death
+        self._on_reply, self._on_ask, self._on_death = on_reply, on_ask, on_death
         self._writer: Writer | None = None
         self._hurry = False
         self._calls = itertools.count(1)
@@ -95,7 +96,9 @@ class Link:
         kind = ProcessWriter if self._options.process else partial(ThreadWriter, posix=self._options.posix)
         writer = kind(partial(self._hear, start), partial(self._end, start))
         options = self._options
-        writer.send(m.Open(options.root, options.lock_timeout, options.keep, options.direct))
+        keep = options.keep if isinstance(options.keep, Keep) else None
+        asks = options.keep is not None and keep is None
+        writer.send(m.Open(options.root, options.lock_timeout, keep, options.direct, asks))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
             if start.ended is not None:
@@ -153,6 +156,8 @@ class Link:
                     if reply.call in self._answers:
                         self._answers[reply.call] = reply
                         self._changed.notify_all()
+            case m.Ask() if start.writer is not None:
+                self._on_ask(start.writer, reply)
             case m.Progress() | m.Committed() | m.Failed() | m.Dropped():
                 self._on_reply(reply)
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from asyncckpt.arguments import checked_metrics, checked_step
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, StateMismatchError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
 from asyncckpt.format import names
 from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
@@ -110,6 +110,14 @@ class Run:
     def unpin(self, step: int) -> None:
         """Take back `pin`. Raises as that does."""
         notes.pin(self._catalog, checked_step(step), False)
+
+    def is_pinned(self, step: int) -> bool:
+        """Whether `step` is pinned, or its notes are damaged, so that it may be."""
+        try:
+            found = self._catalog.notes(step)
+        except CorruptCheckpointError:
+            return True
+        return found is not None and found.pinned
 
     def load(
         self, step: int | None = None, *, parts: Iterable[str] | None = None, keys: Iterable[str] | None = None

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from asyncckpt.advice import advise
 from asyncckpt.errors import CheckpointError, QueueFullError
 from asyncckpt.handle import SaveHandle, Timeline
 from asyncckpt.link import Link, OfSave, Options, Patience
+from asyncckpt.policy.keep import Keep
 from asyncckpt.snapshot.arena import Arena, ArenaPool
 from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshot, Snapshotter
@@ -77,7 +79,9 @@ class Session:
         self._shared: set[int] = set()
         self._failed: list[SaveHandle] = []
         self._waiters = 0
-        self._link = Link(options, self._changed, self._hear, self._writer_ended)
+        self._faults: list[BaseException] = []
+        """What failed in the background and was no save."""
+        self._link = Link(options, self._changed, self._hear, self._asked, self._writer_ended)
         self._link.ensure()
 
     # The queue
@@ -230,6 +234,23 @@ class Session:
             )
             self._settle(flight, m.Failed(flight.number, m.Fault("StorageError", message, {"retryable": True})))
 
+    def _asked(self, writer: Writer, ask: m.Ask) -> None:
+        """The writer wants to know which checkpoints may go: the policy may take its time, on a thread of its own."""
+        policy = self.options.keep
+        assert policy is not None and not isinstance(policy, Keep)
+
+        def answer() -> None:
+            steps = None
+            try:
+                steps = advise(policy, ask.records)
+            except BaseException as error:
+                log.error("%s", error)
+                with self._changed:
+                    self._faults.append(error)
+            writer.send(m.Advice(ask.call, steps))
+
+        threading.Thread(target=answer, name="asyncckpt-policy", daemon=True).start()
+
     @property
     def writer_pid(self) -> int | None:
         writer = self._link.writer
@@ -333,10 +354,12 @@ class Session:
         With `take` they count as told from now on. A handle's `result` tells, too.
         """
         with self._changed:
-            failed = [handle for handle in self._failed if not handle.told]
+            failed = [handle.error for handle in self._failed if not handle.told and handle.error is not None]
+            failed += self._faults
             if take:
                 self._failed.clear()
-        return [handle.error for handle in failed if handle.error is not None]
+                self._faults.clear()
+        return failed
 
     def close(self) -> None:
         """End the writer. What is in flight it finishes; wait for that with `drain` first."""

@@ -15,7 +15,7 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointBusyError, CheckpointNotFoundError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
-from asyncckpt.policy.keep import Keep, judge, sound
+from asyncckpt.policy.keep import Keep, Policy, candidates, judge, sound
 from asyncckpt.policy.records import Record
 from asyncckpt.storage.base import Hold, Storage
 
@@ -24,9 +24,9 @@ log = logging.getLogger("asyncckpt")
 
 def _kinds(records: list[Record]) -> list[list[Record]]:
     """What a restore may want the newest of: any checkpoint, a complete one, one not known to hold NaN or inf."""
-    candidates = [r for r in records if not r.rewound and not r.damaged]
-    whole = [r for r in candidates if r.complete]
-    return [candidates, whole, [r for r in whole if sound(r)]]
+    present = candidates(records)
+    whole = [r for r in present if r.complete]
+    return [present, whole, [r for r in whole if sound(r)]]
 
 
 class Custody:
@@ -145,13 +145,14 @@ class Custody:
         with held:
             self.storage.remove_folder(f"{folder}/{attempt}")
 
-    def retire(self) -> list[int]:
-        """Delete what the policy lets go, branches that were left first. Returns the steps."""
-        if self.keep is None:
+    def retire(self, policy: Policy | None = None) -> list[int]:
+        """Delete what `policy`, or else `keep`, lets go, branches that were left first. Returns the steps."""
+        keep = policy or self.keep
+        if keep is None:
             return []
         records = self.catalog.records()
         safe = self._safe(records)
-        verdicts = judge(records, self.keep)
+        verdicts = judge(records, keep)
         going = [r for r in records if safe and not verdicts[r.step].stays and r.step not in safe]
         retired = []
         for record in sorted(going, key=lambda r: not r.rewound):

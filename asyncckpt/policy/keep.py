@@ -12,8 +12,7 @@ from typing import Literal
 from asyncckpt.policy.records import Record
 
 Policy = Callable[[Sequence[Record]], Iterable[int]]
-"""From the records of a run, oldest first, the steps that may go. Neither damaged ones nor branches that were left are
-among them."""
+"""From the records of a run, oldest first, the steps that may go: see `candidates`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +135,9 @@ def judge(records: Iterable[Record], keep: Keep | Policy | None) -> dict[int, Ve
     that were left.
     """
     ordered = sorted(records, key=lambda r: r.step)
-    candidates = [r for r in ordered if not r.rewound and not r.damaged]
-    held = _held(ordered)
-    kept = keep.clauses(candidates) if isinstance(keep, Keep) else {}
-    going = set() if keep is None else set((keep.retire if isinstance(keep, Keep) else keep)(candidates))
+    asked, held = candidates(ordered), _held(ordered)
+    kept = keep.clauses(asked) if isinstance(keep, Keep) else {}
+    going = set() if keep is None else set((keep.retire if isinstance(keep, Keep) else keep)(asked))
 
     def verdict(record: Record) -> Verdict:
         if record.step in held:
@@ -155,10 +153,15 @@ def judge(records: Iterable[Record], keep: Keep | Policy | None) -> dict[int, Ve
     return {record.step: verdict(record) for record in ordered}
 
 
+def candidates(records: Iterable[Record]) -> list[Record]:
+    """Those that a policy decides on, oldest first: neither damaged ones nor branches that were left."""
+    return sorted((r for r in records if not r.rewound and not r.damaged), key=lambda r: r.step)
+
+
 def _held(records: Sequence[Record]) -> dict[int, str]:
     """By step, why those stay that no policy may delete."""
     held: dict[int, list[str]] = {}
-    whole = [r for r in records if r.complete and not r.rewound and not r.damaged]
+    whole = [r for r in candidates(records) if r.complete]
     for found, why in ((whole, "the newest complete one"), ([r for r in whole if sound(r)], "the newest finite one")):
         if found:
             held.setdefault(found[-1].step, []).append(why)

@@ -59,7 +59,19 @@ class Rewound:
     step: int
 
 
-Event = Saving | Saved | Deleting | Deleted | Rewinding | Rewound
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """The pin of `step` was reported done."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unpinning:
+    step: int
+
+
+Event = Saving | Saved | Deleting | Deleted | Rewinding | Rewound | Pinned | Unpinning
 
 
 @dataclass
@@ -70,6 +82,7 @@ class Promises:
     may: dict[int, list[str]] = field(default_factory=dict)
     """By step, the contents that it may have if it is there, oldest first."""
     must: set[int] = field(default_factory=set)
+    pinned: set[int] = field(default_factory=set)
 
     @classmethod
     def after(cls, log: Iterable[Operation | Note], keep: Keep | None = None) -> Promises:
@@ -88,8 +101,7 @@ class Promises:
                 saving = self.may[step]
                 self.may[step] = saving[saving.index(content) :]
                 self.must.add(step)
-                if self.keep is not None:
-                    self.must.difference_update(self.keep.retire([Record(step) for step in self.may]))
+                self._retire()
             case Deleting(step):
                 self.must.discard(step)
             case Deleted(step):
@@ -98,6 +110,15 @@ class Promises:
                 self.must = {s for s in self.must if s <= step}
             case Rewound(step):
                 self.may = {s: contents for s, contents in self.may.items() if s <= step}
+            case Pinned(step):
+                self.pinned.add(step)
+            case Unpinning(step):
+                self.pinned.discard(step)
+                self._retire()
+
+    def _retire(self) -> None:
+        if self.keep is not None:
+            self.must -= {*self.keep.retire([Record(step) for step in self.may])} - self.pinned
 
     def violations(self, found: Examined) -> list[str]:
         """In what `found` breaks them, in words."""
@@ -110,6 +131,8 @@ class Promises:
                 broken.append(f"step {step} holds what was never saved, or was taken back ({content})")
         for step in self.must.difference(found.contents).difference(found.damaged):
             broken.append(f"step {step} was reported committed and is not there")
+        for step in self.pinned.intersection(found.contents).difference(found.pinned):
+            broken.append(f"step {step} was reported pinned and is not")
         if found.error is None and found.newest != max(found.contents, default=None):
             broken.append(f"restore gives step {found.newest}, not the newest of {sorted(found.contents)}")
         return broken
@@ -125,6 +148,7 @@ class Examined:
     """Listed steps that do not, and why."""
     newest: int | None = None
     error: str | None = None
+    pinned: set[int] = field(default_factory=set)
 
 
 def examine(root: str | os.PathLike[str], *, direct: bool = False) -> Examined:
@@ -139,6 +163,7 @@ def examine(root: str | os.PathLike[str], *, direct: bool = False) -> Examined:
         if best is not None:
             found.newest = best[0]
             found.contents[best[0]] = best[1]
+        found.pinned.update(record.step for record in catalog.records() if record.pinned)
         for step in catalog.candidates():
             if step not in found.contents and step not in found.damaged:
                 _examine_step(catalog, step, found)
@@ -187,6 +212,6 @@ def leftovers(root: str | os.PathLike[str]) -> list[str]:
         except CorruptCheckpointError:
             expected |= {path for path in present if path == folder or path.startswith(folder + "/")}
             continue
-        expected |= {folder, f"{folder}/{names.MANIFEST}", f"{folder}/{manifest.attempt}"}
+        expected |= {folder, f"{folder}/{names.MANIFEST}", f"{folder}/{names.NOTES}", f"{folder}/{manifest.attempt}"}
         expected |= {f"{folder}/{manifest.attempt}/{name}" for name in manifest.files}
     return sorted(present - expected)

@@ -12,17 +12,22 @@ from typing import Any, Self
 
 import msgspec
 
+from asyncckpt.catalog import notes
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
 from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing.promises import (
     Deleted,
     Deleting,
     Event,
+    Pinned,
     Rewinding,
     Rewound,
     Saved,
     Saving,
+    Unpinning,
     content_word,
 )
 from asyncckpt.write import messages as m
@@ -61,6 +66,7 @@ class ServiceDriver:
         note: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._note = note
+        self._catalog = Catalog(LocalStorage(root, posix))
         self._changed = threading.Condition()
         self._replies: list[m.Reply] = []
         self._events: dict[int, Event] = {}
@@ -119,6 +125,14 @@ class ServiceDriver:
     def rewind(self, step: int) -> None:
         self._note(Rewinding(step))
         self._call(m.RewindTo(next(self._numbers), step), Rewound(step))
+
+    def pin(self, step: int) -> None:
+        notes.pin(self._catalog, step)
+        self._note(Pinned(step))
+
+    def unpin(self, step: int) -> None:
+        self._note(Unpinning(step))
+        notes.pin(self._catalog, step, False)
 
     def close(self) -> None:
         """Let the service finish what is begun, retention too, and end."""

@@ -213,6 +213,35 @@ class StorageSuite:
         storage.remove_folder(STEP)
         assert storage.read(f"{FOLDER}/notes.txt", 100) == b"mine"
 
+    # Holding
+
+    def test_readers_share_a_folder_and_keep_out_who_wants_it_alone(self, storage: Storage) -> None:
+        storage.begin(FOLDER)
+        first, second = storage.hold(STEP), storage.hold(STEP)
+        assert first is not None and second is not None
+        assert storage.hold(STEP, exclusive=True, wait=False) is None
+        first.close()
+        assert storage.hold(STEP, exclusive=True, wait=False) is None
+        second.close()
+        with storage.hold(STEP, exclusive=True, wait=False) or pytest.fail("it is free"):
+            assert storage.hold(STEP, wait=False) is None
+            assert storage.hold(FOLDER, exclusive=True, wait=False) is not None
+        first.close()
+        assert storage.hold(STEP, wait=False) is not None
+
+    def test_what_is_not_there_cannot_be_held(self, storage: Storage) -> None:
+        with pytest.raises(FileNotFoundError):
+            storage.hold(STEP)
+
+    def test_who_waits_for_a_folder_gets_it(self, storage: Storage) -> None:
+        storage.begin(FOLDER)
+        held = storage.hold(STEP)
+        assert held is not None
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(storage.hold, STEP, exclusive=True)
+            held.close()
+            assert waiting.result(60) is not None
+
     def test_a_sweep_takes_leftovers_and_nothing_else(self, storage: Storage) -> None:
         storage.begin(FOLDER)
         write(storage, FILE, b"unfinished")

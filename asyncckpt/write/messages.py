@@ -3,6 +3,7 @@
 Trainer to service, for one save:  Begin, Staged (once or more), then Seal or Drop.
 Service to trainer, for one save:  Progress (any number), then exactly one of Committed, Failed, Dropped;
                                    after that the service does not touch the arena again.
+After a commit, where the trainer decides what goes: Ask, answered by Advice.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from asyncckpt import errors
 from asyncckpt.policy.keep import Keep
+from asyncckpt.policy.records import Record
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -44,12 +46,16 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):
-    """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused."""
+    """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused.
+
+    `keep` decides what goes after a commit, or, if the service `asks`, the trainer does.
+    """
 
     root: str
     lock_timeout: float
     keep: Keep | None = None
     direct: bool = True
+    asks: bool = False
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):
@@ -133,6 +139,13 @@ class RewindTo(msgspec.Struct, tag=True, frozen=True):
     step: int
 
 
+class Advice(msgspec.Struct, tag=True, frozen=True):
+    """The answer to Ask: the steps that may go. None: the policy failed, and nothing may."""
+
+    call: int
+    steps: list[int] | None
+
+
 class Close(msgspec.Struct, tag=True, frozen=True):
     """Finish what is begun and end."""
 
@@ -170,6 +183,13 @@ class Dropped(msgspec.Struct, tag=True, frozen=True):
     save: int
 
 
+class Ask(msgspec.Struct, tag=True, frozen=True):
+    """Which of these may go?"""
+
+    call: int
+    records: list[Record]
+
+
 class Retired(msgspec.Struct, tag=True, frozen=True):
     steps: list[int]
 
@@ -181,8 +201,8 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     fault: Fault | None = None
 
 
-Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Hurry | Trust | Delete | RewindTo | Close
-Reply = Opened | Refused | Progress | Committed | Failed | Dropped | Retired | Done
+Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Hurry | Trust | Delete | RewindTo | Advice | Close
+Reply = Opened | Refused | Progress | Committed | Failed | Dropped | Ask | Retired | Done
 
 _LENGTH = struct.Struct("<I")
 

@@ -27,10 +27,13 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
+from asyncckpt.write.retention import Retention
 from asyncckpt.write.workers import Workers
 
 log = logging.getLogger("asyncckpt")
 _PROGRESS_STEP = 64 << 20
+_LAST_ADVICE = 30.0
+"""Seconds that a service which is to end still waits for the trainer to say what may go."""
 
 
 class Service:
@@ -47,6 +50,7 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._custody_lock = asyncio.Lock()
         self._give_up = threading.Event()
+        self._retention: Retention | None = None
         self._opened = False
         self._failure: Exception | None = None
         self._ended = asyncio.Event()
@@ -95,12 +99,17 @@ class Service:
                 self._spawn(self._trust(message.step))
             case m.Delete() | m.RewindTo():
                 self._spawn(self._command(message))
+            case m.Advice():
+                if self._retention is not None:
+                    self._retention.answer(message)
             case m.Close():
                 self._queue.put_nowait(None)
 
     def orphaned(self) -> None:
         """The trainer is gone: finish every snapshot that is whole, and end."""
         self._give_up.set()
+        if self._retention is not None:
+            self._retention.give_up()
         self._workers.hurry = True
         for save in self._saves.values():
             if save.seal is None:
@@ -165,6 +174,9 @@ class Service:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
             self._storage = storage
+            self._retention = Retention(self._custody_of, open_.asks, self._workers, self._reply)
+            if self._give_up.is_set():
+                self._retention.give_up()
             self._reply(m.Opened(os.getpid()))
             async with self._custody_of() as custody:  # commands may come already
                 await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
@@ -174,6 +186,7 @@ class Service:
                     await self._write(save)
                 elif save.begin.save in self._saves:
                     self._end(save, m.Dropped(save.begin.save))
+            asyncio.get_running_loop().call_later(_LAST_ADVICE, self._retention.give_up)
             while others := self._tasks - {asyncio.current_task()}:
                 await asyncio.wait(others)
         finally:
@@ -218,7 +231,8 @@ class Service:
         else:
             manifest, replaced, reply = committed
             self._end(save, reply)
-            self._spawn(self._guarded("retention", self._after_commit(manifest, replaced)))
+            assert self._retention is not None
+            self._spawn(self._guarded("retention", self._retention.after_commit(manifest, replaced)))
 
     async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
         begun = time.time()
@@ -262,12 +276,6 @@ class Service:
         self._storage.publish(key, encode(manifest), replace=begin.replace)
         custody.verified.add(begin.step)
         return manifest, replaced
-
-    async def _after_commit(self, manifest: Manifest, replaced: str | None) -> None:
-        async with self._custody_of() as custody:
-            retired = await self._workers.run(custody.after_commit, manifest, replaced)
-        if retired:
-            self._reply(m.Retired(retired))
 
     def _progress(self, save: Save) -> None:
         number = save.begin.save

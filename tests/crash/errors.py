@@ -32,6 +32,7 @@ DEEDS = {
     "overwrite": Deed(lambda driver: driver.save(2, value(3, parts=1), replace=True)),
     "save and retire": Deed(lambda driver: driver.save(3, value(3, parts=1)), Keep(last=2)),
     "delete": Deed(lambda driver: driver.delete(2)),
+    "pin": Deed(lambda driver: driver.pin(1)),
     "rewind": Deed(lambda driver: driver.rewind(1)),
 }
 

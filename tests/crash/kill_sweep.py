@@ -22,12 +22,13 @@ from pathlib import Path
 
 from asyncckpt.testing import CHANGES, FaultyPosix, Promises, ServiceDriver, examine
 from asyncckpt.testing.faults import ANY, When
-from asyncckpt.testing.promises import Deleted, Deleting, Event, Rewinding, Rewound, Saved, Saving
+from asyncckpt.testing.promises import Deleted, Deleting, Event, Pinned, Rewinding, Rewound, Saved, Saving, Unpinning
 from crash.rig import RUN, after_sweep, chunks_of, memory_folder, sweep
 from crash.scenarios import SCENARIOS, Scenario, resume
 
 WHENS: tuple[When, ...] = ("before", "during", "after")
-_EVENTS = {kind.__name__: kind for kind in (Saving, Saved, Deleting, Deleted, Rewinding, Rewound)}
+_KINDS = (Saving, Saved, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
+_EVENTS = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Chunk, digest
+from asyncckpt.policy import keep
 from asyncckpt.policy.records import Record
 from asyncckpt.read import select
 from asyncckpt.read.reader import CheckpointReader
@@ -76,14 +78,21 @@ def manifest_before_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalStorage, "publish", publish_first)
 
 
-def rewind_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_durable(name: str) -> Plant:
+    """Records of this name are published without an fsync of their directory."""
     publish = LocalStorage.publish
 
     def publish_carelessly(self: LocalStorage, key: str, data: bytes, *, replace: bool) -> None:
-        with deaf(self, *(["fsync_dir"] if key == names.REWINDS else [])):
+        with deaf(self, *(["fsync_dir"] if key.endswith(name) else [])):
             publish(self, key, data, replace=replace)
 
-    monkeypatch.setattr(LocalStorage, "publish", publish_carelessly)
+    return lambda monkeypatch: monkeypatch.setattr(LocalStorage, "publish", publish_carelessly)
+
+
+def pins_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = keep._held
+    monkeypatch.setattr(keep, "_held", lambda records: held([replace(record, pinned=False) for record in records]))
+    monkeypatch.setattr(Custody, "_check_unpinned", lambda self, step: None)
 
 
 def retention_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,17 @@ def rewinding(open_: Open) -> None:
         driver.save(20, value(21, parts=1, blocks=1), replace=True)
 
 
+def pinning(open_: Open) -> None:
+    with open_() as driver:
+        for step in (1, 2, 3):
+            driver.save(step, value(step, parts=1, blocks=1))
+            if step == 1:
+                driver.pin(1)
+        driver.save(1, value(4, parts=1, blocks=1), replace=True)
+        driver.unpin(1)
+        driver.save(4, value(5, parts=1, blocks=1))
+
+
 def deleting(open_: Open) -> None:
     with open_() as driver:
         driver.save(1, value(1, parts=1))
@@ -90,6 +101,7 @@ SCENARIOS = {
     "retention": Scenario(retention, Keep(last=1)),
     "rewinding": Scenario(rewinding, Keep(last=2)),
     "deleting": Scenario(deleting),
+    "pinning": Scenario(pinning, Keep(last=1)),
     "queueing": Scenario(queueing, Keep(last=2)),
     "restarting": Scenario(restarting),
     "small_chunks": Scenario(plain, chunk_size=4096),

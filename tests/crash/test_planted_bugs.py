@@ -13,6 +13,7 @@ from support import processes
 from support.checkpoints import flip
 
 import asyncckpt
+from asyncckpt.format import names
 from asyncckpt.testing import FaultyPosix, Hold, Promises, ServiceDriver, examine
 from asyncckpt.testing.promises import Saved, Saving
 from asyncckpt.testing.service import content_of_value
@@ -144,7 +145,9 @@ BUGS = {
     "prepare record not fsynced": (planted.without("put", "fsync"), power("plain"), DAMAGED),
     "retention before commit": (planted.retention_before_commit, power("retention"), LOST),
     "bytes removed before the manifest": (planted.bytes_before_manifest, power("deleting"), DAMAGED),
-    "rewind not durable": (planted.rewind_not_durable, power("rewinding"), "taken back"),
+    "rewind not durable": (planted.not_durable(names.REWINDS), power("rewinding"), "taken back"),
+    "pin not durable": (planted.not_durable(names.NOTES), power("pinning"), "reported pinned and is not"),
+    "pins not looked at": (planted.pins_not_looked_at, power("pinning"), LOST),
     "overwrite that unlinks first": (planted.overwrite_unlinks_first, power("overwriting"), LOST),
     "temp name reused without truncating": (planted.temporary_reused, takeover("overwriting", "rename"), DAMAGED),
     "fsync retried after failure": (planted.fsync_retried, error("fsync", "EIO"), "fsynced again"),

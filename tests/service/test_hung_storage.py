@@ -87,7 +87,8 @@ def test_opening_and_deleting_say_so(tmp_path, monkeypatch, told):
     for verb, what in (("listdir", "own the run"), ("unlink", "delete")):
         hold = Hold(tmp_path / verb, verb).install(monkeypatch)
         told_before = len(told())
-        released = threading.Timer(0.5, hold.release)
+        heard = lambda: any(what in said for said in told()[told_before:])  # noqa: B023, E731
+        released = threading.Thread(target=lambda: (wait_until(heard), hold.release()))  # noqa: B023
         released.start()
         with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
             if verb == "unlink":
