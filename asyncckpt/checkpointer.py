@@ -70,6 +70,9 @@ class Checkpointer:
             change them.
         on_error: what becomes of a failed save at the next one: "raise" its error, or "warn". `wait_until_flushed`
             and `close` raise it either way, unless the handle's `result` already has.
+        check_finite: let the writer look for NaN and inf in all floating tensors (not complex ones) while it writes
+            them. A warning names them, `records` says `finite`, and the newest finite checkpoint stays whatever
+            `keep` says. A tensor that is meant to hold inf, such as a mask, counts too.
         memory_limit: bytes that snapshots may take beside the training; without it, what the system has.
         lock_timeout: seconds to wait for another writer of this run, such as that of a killed trainer finishing.
 
@@ -94,6 +97,7 @@ class Checkpointer:
         overlap: bool | Literal["auto"] = "auto",
         overlap_parts: Collection[str] = (),
         on_error: Literal["raise", "warn"] = "raise",
+        check_finite: bool = False,
         memory_limit: int | None = None,
         lock_timeout: float = 120.0,
         _posix: Posix | None = None,
@@ -101,6 +105,7 @@ class Checkpointer:
         arguments.check_choice("when_full", when_full, _WHEN_FULL)
         arguments.check_choice("writer", writer, ("process", "thread"))
         arguments.check_choice("overlap", overlap, (True, False, "auto"))
+        arguments.check_choice("check_finite", check_finite, (True, False))
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
@@ -117,7 +122,9 @@ class Checkpointer:
         self._pid = os.getpid()
         self._closed = False
         process = writer == "process" and hasattr(os, "memfd_create")
-        options = Options(self._run.storage.root, keep, lock_timeout, process=process, posix=_posix)
+        options = Options(
+            self._run.storage.root, keep, lock_timeout, process=process, check_finite=check_finite, posix=_posix
+        )
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
         self._snapshotter = Snapshotter(overlap_parts, exports)

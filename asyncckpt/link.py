@@ -51,6 +51,7 @@ class Options:
     keep: Keep | Policy | None
     lock_timeout: float
     process: bool
+    check_finite: bool = False
     direct: bool = True
     posix: Posix | None = None
 
@@ -98,7 +99,7 @@ class Link:
         options = self._options
         keep = options.keep if isinstance(options.keep, Keep) else None
         asks = options.keep is not None and keep is None
-        writer.send(m.Open(options.root, options.lock_timeout, keep, options.direct, asks))
+        writer.send(m.Open(options.root, options.lock_timeout, keep, options.direct, asks, options.check_finite))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
             if start.ended is not None:

@@ -79,6 +79,7 @@ class Session:
         self._shared: set[int] = set()
         self._failed: list[SaveHandle] = []
         self._waiters = 0
+        self._nonfinite = ""
         self._faults: list[BaseException] = []
         """What failed in the background and was no save."""
         self._link = Link(options, self._changed, self._hear, self._asked, self._writer_ended)
@@ -209,6 +210,7 @@ class Session:
                     times = Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
                     handle.finish("committed", timeline=times)
                     self.tally.direct_io = reply.direct
+                    self._tell_nonfinite(handle.step, reply.nonfinite)
                 case m.Failed():
                     handle.finish("failed", reply.fault.error())
                 case m.Dropped() if flight.error is not None:
@@ -222,6 +224,12 @@ class Session:
             self._land(flight)
             self._changed.notify_all()
         self._on_end(handle)
+
+    def _tell_nonfinite(self, step: int, which: str) -> None:
+        """Warn of tensors with NaN or inf; not again of the same ones in the saves that follow."""
+        if which and which != self._nonfinite:
+            log.warning("step %d is committed and holds NaN or inf: %s", step, which)
+        self._nonfinite = which
 
     def _writer_ended(self, reason: str) -> None:
         with self._changed:

@@ -124,6 +124,7 @@ class Catalog:
             omitted=tuple(manifest.omitted),
             metrics=metrics,
             pinned=notes is not None and notes.pinned,
+            finite=manifest.finite,
             rewound=rewinds.covers(manifest),
             doubt=doubt,
         )

@@ -44,6 +44,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
     `parts` are those that it has, `exports` those of them that are for reading only: no training is resumed from
     them. `omitted` are the parts of the state that were left out of this save.
+    `finite` is whether all floating tensors are, null where nobody looked.
     """
 
     step: int
@@ -56,6 +57,7 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: Mapping[str, float | None] = {}
     omitted: list[str] = []
     exports: list[str] = []
+    finite: bool | None = None
     format: int = VERSION
 
     @property
@@ -86,13 +88,17 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartRecord(msgspec.Struct, frozen=True):
-    """One part: its leaf tree, and where its image lies (no file where the part holds no tensor)."""
+    """One part: its leaf tree, and where its image lies (no file where the part holds no tensor).
+
+    `nonfinite` names the tensors with NaN or inf, null where nobody looked.
+    """
 
     tree: msgspec.Raw
     file: str | None = None
     size: int = 0
     chunk_size: int = CHUNK_SIZE
     chunks: list[Chunk] = []
+    nonfinite: list[str] | None = None
 
 
 class PrepareRecord(msgspec.Struct, frozen=True):

@@ -48,7 +48,8 @@ class Fault(msgspec.Struct, frozen=True):
 class Open(msgspec.Struct, tag=True, frozen=True):
     """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused.
 
-    `keep` decides what goes after a commit, or, if the service `asks`, the trainer does.
+    `keep` decides what goes after a commit, or, if the service `asks`, the trainer does. With `check_finite` it looks
+    for NaN and inf in what it writes.
     """
 
     root: str
@@ -56,6 +57,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     keep: Keep | None = None
     direct: bool = True
     asks: bool = False
+    check_finite: bool = False
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):
@@ -164,7 +166,10 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class Committed(msgspec.Struct, tag=True, frozen=True):
-    """Durable and published. Times are `time.time()`; `size` counts the bytes of all files."""
+    """Durable and published. Times are `time.time()`; `size` counts the bytes of all files.
+
+    `nonfinite` says, for a person, which tensors hold NaN or inf.
+    """
 
     save: int
     size: int
@@ -172,6 +177,7 @@ class Committed(msgspec.Struct, tag=True, frozen=True):
     write_end: float
     commit_end: float
     direct: bool
+    nonfinite: str = ""
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

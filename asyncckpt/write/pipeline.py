@@ -11,11 +11,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.format import names
+from asyncckpt.format.image import header_size, parse_header
 from asyncckpt.format.manifest import (
     CHUNK_SIZE,
     Chunk,
@@ -29,6 +31,9 @@ from asyncckpt.format.manifest import (
 from asyncckpt.storage.base import Storage, WritableFile
 from asyncckpt.write.messages import Begin, Seal, Span
 from asyncckpt.write.workers import Workers
+
+if TYPE_CHECKING:
+    from asyncckpt.write.finite import FiniteScan
 
 log = logging.getLogger("asyncckpt")
 
@@ -75,15 +80,28 @@ class Prepared:
     attempt: str
     files: dict[str, FileRecord]
     direct: bool
+    nonfinite: dict[str, list[str]] | None
+    """By part, the tensors that hold NaN or inf; None where nobody looked."""
+
+    @property
+    def finite(self) -> bool | None:
+        return None if self.nonfinite is None else not any(self.nonfinite.values())
 
 
 class Attempt:
     """One try at writing `save` under a folder of its own, which must have been begun."""
 
     def __init__(
-        self, save: Save, attempt: str, storage: Storage, workers: Workers, progress: Callable[[Save], None]
+        self,
+        save: Save,
+        attempt: str,
+        storage: Storage,
+        workers: Workers,
+        progress: Callable[[Save], None],
+        check_finite: bool = False,
     ) -> None:
         self._save, self._attempt = save, attempt
+        self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
         self._storage, self._workers, self._progress = storage, workers, progress
         self.folder = f"{names.step_name(save.begin.step)}/{attempt}"
         self._slots = asyncio.Semaphore(workers.count)
@@ -111,19 +129,20 @@ class Attempt:
             if span.size:
                 chunks = tables[span.part]
                 files[names.image_file(span.part)] = FileRecord(span.size, digest_of_chunks(c.digest for c in chunks))
-        return Prepared(self._attempt, files, self._direct)
+        return Prepared(self._attempt, files, self._direct, self._nonfinite())
 
     async def _write_part(self, span: Span) -> list[Chunk]:
         key = f"{self.folder}/{names.image_file(span.part)}"
         file = await self._workers.run(self._storage.create, key, span.size)
         try:
+            scan = None if self._scans is None else await self._scan(span)
             async with asyncio.TaskGroup() as group:
                 chunks = []
                 for start in range(0, span.size, CHUNK_SIZE):
                     end = min(start + CHUNK_SIZE, span.size)
                     await self._save.until(lambda end=end: self._save.staged >= span.offset + end)  # type: ignore[misc]
                     await self._slots.acquire()
-                    chunks.append(group.create_task(self._write_chunk(file, span, start, end)))
+                    chunks.append(group.create_task(self._write_chunk(file, span, start, end, scan)))
             self._direct = self._direct or getattr(file, "direct", False)
             await self._workers.run(file.finish)
         except BaseException:
@@ -131,10 +150,30 @@ class Attempt:
             raise
         return [chunk.result() for chunk in chunks]
 
-    async def _write_chunk(self, file: WritableFile, span: Span, start: int, end: int) -> Chunk:
+    async def _scan(self, span: Span) -> FiniteScan:
+        """What looks for NaN and inf in the part, made once its header is staged."""
+        from asyncckpt.write.finite import FiniteScan  # numpy is loaded only where it is wanted
+
+        image = self._save.memory[span.offset : span.offset + span.size]
+        await self._save.until(lambda: self._save.staged >= span.offset + 8)
+        end = header_size(bytes(image[:8]), span.size)
+        await self._save.until(lambda: self._save.staged >= span.offset + end)
+        scan = await self._workers.run(lambda: FiniteScan(parse_header(bytes(image[:end]), span.size)))
+        assert self._scans is not None
+        self._scans[span.part] = scan
+        return scan
+
+    def _nonfinite(self) -> dict[str, list[str]] | None:
+        if self._scans is None:
+            return None
+        return {span.part: self._scans[span.part].found if span.size else [] for span in self._save.begin.spans}
+
+    async def _write_chunk(
+        self, file: WritableFile, span: Span, start: int, end: int, scan: FiniteScan | None
+    ) -> Chunk:
         try:
             data = self._save.memory[span.offset + start : span.offset + end]
-            chunk = await self._workers.run(_hop, file, start, data)
+            chunk = await self._workers.run(_hop, file, start, data, scan)
         finally:
             self._slots.release()
         self._save.written += end - start
@@ -147,6 +186,7 @@ class Attempt:
         trees = msgspec.json.decode(
             self._save.memory[seal.offset : seal.offset + seal.size], type=dict[str, msgspec.Raw]
         )
+        nonfinite = self._nonfinite()
         parts = {
             span.part: PartRecord(
                 tree=trees[span.part],
@@ -154,13 +194,16 @@ class Attempt:
                 size=span.size,
                 chunk_size=CHUNK_SIZE,
                 chunks=tables.get(span.part, []),
+                nonfinite=None if nonfinite is None else nonfinite[span.part],
             )
             for span in begin.spans
         }
         return encode(PrepareRecord(step=begin.step, attempt=self._attempt, rank=0, parts=parts))
 
 
-def _hop(file: WritableFile, offset: int, data: memoryview) -> Chunk:
+def _hop(file: WritableFile, offset: int, data: memoryview, scan: FiniteScan | None) -> Chunk:
     chunk = Chunk("raw", len(data), digest(data))
+    if scan is not None:
+        scan.look(offset, data)
     file.write_at(offset, data)
     return chunk

@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from errno import EIO
 from typing import Any
@@ -32,6 +32,8 @@ from asyncckpt.write.workers import Workers
 
 log = logging.getLogger("asyncckpt")
 _PROGRESS_STEP = 64 << 20
+_NAMED = 5
+"""Tensors of a part that a message names."""
 _LAST_ADVICE = 30.0
 """Seconds that a service which is to end still waits for the trainer to say what may go."""
 
@@ -173,7 +175,7 @@ class Service:
             except (CheckpointError, OSError) as error:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
-            self._storage = storage
+            self._storage, self._check_finite = storage, open_.check_finite
             self._retention = Retention(self._custody_of, open_.asks, self._workers, self._reply)
             if self._give_up.is_set():
                 self._retention.give_up()
@@ -236,7 +238,7 @@ class Service:
 
     async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
         begun = time.time()
-        attempt = Attempt(save, names.new_attempt(), self._storage, self._workers, self._progress)
+        attempt = Attempt(save, names.new_attempt(), self._storage, self._workers, self._progress, self._check_finite)
         async with self._custody_of() as custody:
             await self._workers.run(self._storage.begin, attempt.folder)
             custody.active.add(attempt.folder)
@@ -254,7 +256,8 @@ class Service:
             await self._guarded("clearing a failed attempt", self._workers.run(custody.sweep_step, save.begin.step))
             raise
         custody.active.discard(attempt.folder)
-        reply = m.Committed(save.begin.save, manifest.size, begun, written, time.time(), prepared.direct)
+        times = begun, written, time.time()
+        reply = m.Committed(save.begin.save, manifest.size, *times, prepared.direct, _listing(prepared.nonfinite))
         return manifest, replaced, reply
 
     def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:
@@ -271,6 +274,7 @@ class Service:
             metrics=dict(begin.metrics),
             omitted=begin.omitted,
             exports=begin.exports,
+            finite=prepared.finite,
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
         self._storage.publish(key, encode(manifest), replace=begin.replace)
@@ -309,6 +313,16 @@ def _map(fd: int, size: int) -> memoryview:
         return memoryview(mmap.mmap(fd, size))
     finally:
         os.close(fd)
+
+
+def _listing(nonfinite: Mapping[str, list[str]] | None) -> str:
+    """Tensors by part, for a person: the first few of each."""
+    parts = []
+    for part, tensors in (nonfinite or {}).items():
+        if tensors:
+            more = f" and {len(tensors) - _NAMED} more" if len(tensors) > _NAMED else ""
+            parts.append(f"{part}: {', '.join(tensors[:_NAMED])}{more}")
+    return "; ".join(parts)
 
 
 def _first(group: BaseException) -> BaseException:

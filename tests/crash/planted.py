@@ -139,7 +139,7 @@ def fsync_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def worker_error_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hop(file: Any, offset: int, data: memoryview) -> Chunk:
+    def hop(file: Any, offset: int, data: memoryview, scan: Any) -> Chunk:
         try:
             file.write_at(offset, data)
         except StorageError:
