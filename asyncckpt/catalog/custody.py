@@ -96,7 +96,7 @@ class Custody:
         """Whether the notes in `folder` are notes of ours, and not a foreign file of that name."""
         try:
             return self.catalog.notes(names.parse_step(folder) or 0) is not None
-        except CorruptCheckpointError:
+        except (CorruptCheckpointError, StorageError):
             return False
 
     def _clear_replaced(self, step: int, folder: str) -> None:

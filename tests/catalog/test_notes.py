@@ -1,5 +1,7 @@
 """Pins and metrics that come after the commit: durable, never lost, and never a reason to delete."""
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -178,5 +180,62 @@ def test_leftover_notes_go_and_a_foreign_file_of_their_name_stays(catalog: Catal
         notes.annotate(catalog, step, {"loss": 1.0})
         (Path(catalog.storage.url) / names.step_name(step) / names.MANIFEST).unlink()
     notes_file(catalog, 2).write_text("mine")
+    pipe = notes_file(catalog, 0)
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
     custody(catalog).sweep()
+    pipe.unlink()
+    pipe.parent.rmdir()
     assert snapshot(Path(catalog.storage.url)) == {"step-00000002": None, "step-00000002/notes.json": b"mine"}
+
+
+def sealed(body: bytes) -> bytes:
+    return body[:-1] + b',"sha256":"' + hashlib.sha256(body[:-1]).hexdigest().encode() + b'"}\n'
+
+
+GOOD = b'"step":1,"attempt":"0123456789ab","pinned":false,"format":1'
+HOSTILE = {
+    "empty": b"",
+    "not sealed": b"{" + GOOD + b"}",
+    "of another step": sealed(b"{" + GOOD.replace(b":1,", b":2,") + b"}"),
+    "of no attempt": sealed(b"{" + GOOD.replace(b"0123456789ab", b"../../../etc") + b"}"),
+    "a pin that is text": sealed(b"{" + GOOD.replace(b"false", b'"no"') + b"}"),
+    "a metric that is text": sealed(b"{" + GOOD + b',"metrics":{"loss":"low"}}'),
+    "a metric beyond all numbers": sealed(b"{" + GOOD + b',"metrics":{"loss":1e999}}'),
+    "metrics that are a list": sealed(b"{" + GOOD + b',"metrics":[1]}'),
+    "deep": sealed(b"{" + GOOD + b',"metrics":{"loss":' + b"[" * 100_000 + b"]" * 100_000 + b"}}"),
+    "of a later format": sealed(b"{" + GOOD.replace(b'format":1', b'format":2') + b"}"),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_notes_that_make_no_sense_are_a_doubt_and_delete_nothing(catalog: Catalog, how: str) -> None:
+    for step in (1, 2, 3):
+        commit(catalog.storage, step)
+    notes_file(catalog, 1).write_bytes(HOSTILE[how])
+    assert [bool(record.doubt) for record in catalog.records()] == [True, False, False]
+    assert custody(catalog, Keep(last=1)).retire() == [2]
+    CheckpointReader(catalog, 1).verify()
+
+
+def as_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def as_link(path: Path) -> None:
+    path.with_name("elsewhere").write_bytes(sealed(b"{" + GOOD + b"}"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def as_huge(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, as_folder, as_link, as_huge])
+def test_notes_that_are_no_plain_file_are_a_doubt(catalog: Catalog, make: Callable[[Path], None]) -> None:
+    for step in (1, 2, 3):
+        commit(catalog.storage, step)
+    make(notes_file(catalog, 1))
+    assert [bool(record.doubt) for record in catalog.records()] == [True, False, False]
+    assert custody(catalog, Keep(last=1)).retire() == [2]

@@ -103,6 +103,7 @@ def judge(root: Path, watched: bool = True) -> list[str]:
                 restored(),
                 restored(rename={"0.": "0."}),
                 restored(strict=False, parts=["model", "rng"]),
+                _tried(run.records),
             ]
         finally:
             watch.root = None

@@ -14,7 +14,7 @@ from hostile.mutate import mutate
 
 def test_a_forgery_without_a_change_is_read(forgery: Forgery, tmp_path: Path) -> None:
     forgery.write(tmp_path)
-    assert judge(tmp_path) == ["ok"] * 7
+    assert judge(tmp_path) == ["ok"] * 8
 
 
 @settings(max_examples=100)
