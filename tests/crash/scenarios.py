@@ -69,9 +69,15 @@ def pinning(open_: Open) -> None:
             driver.save(step, value(step, parts=1, blocks=1))
             if step == 1:
                 driver.pin(1)
-        driver.save(1, value(4, parts=1, blocks=1), replace=True)
+
+
+def unpinning(open_: Open) -> None:
+    with open_() as driver:
+        driver.save(1, value(1, parts=1, blocks=1))
+        driver.pin(1)
+        driver.save(1, value(2, parts=1, blocks=1), replace=True)
         driver.unpin(1)
-        driver.save(4, value(5, parts=1, blocks=1))
+        driver.save(2, value(3, parts=1, blocks=1))
 
 
 def deleting(open_: Open) -> None:
@@ -102,6 +108,7 @@ SCENARIOS = {
     "rewinding": Scenario(rewinding, Keep(last=2)),
     "deleting": Scenario(deleting),
     "pinning": Scenario(pinning, Keep(last=1)),
+    "unpinning": Scenario(unpinning, Keep(last=1)),
     "queueing": Scenario(queueing, Keep(last=2)),
     "restarting": Scenario(restarting),
     "small_chunks": Scenario(plain, chunk_size=4096),
