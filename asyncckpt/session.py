@@ -8,6 +8,7 @@ The writer's replies and its death arrive on a thread of their own; one conditio
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from asyncckpt.snapshot.snapshotter import Snapshot, Snapshotter
 from asyncckpt.stats import Tally
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import Writer
+
+log = logging.getLogger("asyncckpt")
 
 WhenFull = Literal["wait", "skip", "replace", "raise"]
 
@@ -137,32 +140,41 @@ class Session:
         replace: bool,
         metrics: dict[str, float],
     ) -> None:
-        """Announce the save to the writer and start its copies."""
-        size = sum(size for _, _, size in what.spans)
-        flight = Flight(next(self._numbers), handle, arena, size, called)
-        while True:
-            writer = self._link.ensure()
-            with self._changed:
-                if writer is self._link.writer:
-                    self._flights[flight.number] = flight
-                    break
-        if arena.id not in self._shared:
-            self._shared.add(arena.id)
-            writer.share(arena)
-            arena.before_close.append(partial(self._forget, arena.id))
-        spans = [m.Span(*span) for span in what.spans]
-        writer.send(
-            m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, list(what.exports))
-        )
-        staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
-        seal = m.Seal(flight.number, what.trees_offset, len(what.trees))
+        """Announce the save to the writer and start its copies.
+
+        Whatever is raised in here (by a signal handler of the user's, say), the save is over then, and the arena free.
+        """
+        flight: Flight | None = None
         try:
+            size = sum(size for _, _, size in what.spans)
+            flight = Flight(next(self._numbers), handle, arena, size, called)
+            seal = m.Seal(flight.number, what.trees_offset, len(what.trees))
+            while True:
+                writer = self._link.ensure()
+                with self._changed:
+                    if writer is self._link.writer:
+                        self._flights[flight.number] = flight
+                        break
+            if arena.id not in self._shared:
+                writer.share(arena)
+                self._shared.add(arena.id)
+                arena.before_close.append(partial(self._forget, arena.id))
+            spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
+            writer.send(
+                m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, exports)
+            )
+            staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
             flight.snapshot = self._snapshotter.take(
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
             )
         except BaseException as error:
             handle.told = True
-            self._copied(flight, writer, seal, error)
+            if flight is not None and flight.number in self._flights:
+                self._copied(flight, writer, seal, error)
+            else:
+                with self._changed:
+                    self._pool.give_back(arena)
+                    self._changed.notify_all()
             raise
 
     def _forget(self, arena: int) -> None:
@@ -175,10 +187,9 @@ class Session:
             writer.send(seal)
             flight.handle.mark_staged()
         else:
+            flight.error = error
             writer.send(m.Drop(flight.number))
         with self._changed:
-            if error is not None:
-                flight.error = error
             flight.copied = True
             self._land(flight)
 
@@ -204,6 +215,8 @@ class Session:
         """The writer is done with a save: its outcome is known, and the writer lets go of the arena."""
         handle = flight.handle
         with self._changed:  # whoever sees the outcome finds the place in the queue free
+            if flight.released:
+                return
             match reply:
                 case m.Committed():
                     writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size)

@@ -3,6 +3,7 @@
 Trainer to service, for one save:  Begin, Staged (once or more), then Seal or Drop.
 Service to trainer, for one save:  Progress (any number), then exactly one of Committed, Failed, Dropped;
                                    after that the service does not touch the arena again.
+                                   (A Drop that crosses this answer is answered Dropped once more.)
 After a commit, where the trainer decides what goes: Ask, answered by Advice.
 """
 
@@ -113,7 +114,10 @@ class Seal(msgspec.Struct, tag=True, frozen=True):
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):
-    """Do not commit this save; with `queued_only`, only if it has not been begun. Too late is answered Committed."""
+    """Do not commit this save; with `queued_only`, only if it has not been begun. Too late is answered Committed.
+
+    Without `queued_only`, a save that the service does not know is answered Dropped.
+    """
 
     save: int
     queued_only: bool = False

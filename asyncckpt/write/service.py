@@ -134,6 +134,8 @@ class Service:
 
     def _drop(self, message: m.Drop) -> None:
         save = self._saves.get(message.save)
+        if save is None and not message.queued_only:  # it was never announced, or has ended
+            self._reply(m.Dropped(message.save))
         if save is None or (message.queued_only and save.started):
             return
         save.dropped = True
