@@ -160,9 +160,7 @@ class Session:
                 self._shared.add(arena.id)
                 arena.before_close.append(partial(self._forget, arena.id))
             spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
-            writer.send(
-                m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, exports)
-            )
+            writer.send(m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, exports))
             staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
             flight.snapshot = self._snapshotter.take(
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
