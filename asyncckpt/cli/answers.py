@@ -151,7 +151,7 @@ def safe(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> Iterable[str]:
-    """Aligned columns, those whose number is in `right` flush right; nothing is cut off or folded: it can be grepped."""
+    """Aligned columns, those whose number is in `right` flush right; nothing is cut or folded: it can be grepped."""
     cells = [[safe(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     flush = set(right)

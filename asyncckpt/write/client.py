@@ -72,7 +72,7 @@ class ProcessWriter:
             undo.pop_all()
 
     def _start(self, undo: contextlib.ExitStack) -> None:
-        """Start the process, and the thread that listens to it; what has to be undone if a later step fails is noted."""
+        """Start the process, and the thread that listens to it; what is to be undone if a later step fails is noted."""
         with contextlib.ExitStack() as theirs:
             self._socket, link = socket.socketpair()
             undo.callback(self._socket.close)

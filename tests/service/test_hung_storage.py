@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import processes
 from support.models import train_step, training
-from support.processes import PATIENCE, Hold, wait_for_end
+from support.processes import PATIENCE, Hold, until, wait_for_end
 
 import asyncckpt
 from asyncckpt import link
@@ -81,20 +82,30 @@ def test_a_save_that_waits_for_a_place_says_so(tmp_path, monkeypatch, told):
         assert sum("place in the queue" in line for line in told()) == 1
 
 
+def heard(told, before, what):
+    return any(what in said for said in told()[before:])
+
+
+def release_when(hold, condition):
+    try:
+        until(condition)
+    finally:
+        hold.release()
+
+
 def test_opening_and_deleting_say_so(tmp_path, monkeypatch, told):
     with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
         ckpt.save(1, training()).result(PATIENCE)
     for verb, what in (("listdir", "own the run"), ("unlink", "delete")):
         hold = Hold(tmp_path / verb, verb).install(monkeypatch)
         told_before = len(told())
-        heard = lambda: any(what in said for said in told()[told_before:])  # noqa: B023, E731
-        released = threading.Thread(target=lambda: (wait_until(heard), hold.release()))  # noqa: B023
+        released = threading.Thread(target=release_when, args=(hold, partial(heard, told, told_before, what)))
         released.start()
         with asyncckpt.Checkpointer(tmp_path / "run") as ckpt:
             if verb == "unlink":
                 ckpt.delete(1)
         released.join()
-        assert any(what in said for said in told()[told_before:]), told()
+        assert heard(told, told_before, what), told()
 
 
 def test_a_save_does_not_look_at_the_storage(tmp_path, monkeypatch):

@@ -181,7 +181,7 @@ def files_left(count):
 
 @pytest.mark.parametrize("writer", ["process", "thread"])
 def test_with_few_files_left_to_open_all_is_a_clear_error_or_done(tmp_path, writer):
-    """Whatever count of them is left, when it is made or later: nothing hangs, nothing stays behind, no bare OSError."""
+    """Whatever count of them is left, at the start or later: nothing hangs, nothing stays behind, no bare OSError."""
     state = {"x": torch.arange(5000)}
     ends = Counter()
 
