@@ -8,6 +8,7 @@ from typing import Any
 
 from asyncckpt.format import names
 from asyncckpt.policy.auto import Auto
+from asyncckpt.policy.cadence import Cadence
 from asyncckpt.policy.keep import Keep
 
 
@@ -44,6 +45,25 @@ def checked_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
             raise TypeError(f"metrics has the key {name!r}; give text")
         checked[name] = number if math.isfinite(number) else math.nan  # JSON has no inf; both read back as null
     return checked
+
+
+def checked_clocks(parts: Mapping[str, Cadence]) -> dict[str, Cadence]:
+    """By part, its clock."""
+    if not isinstance(parts, Mapping):
+        raise TypeError(f"parts={parts!r}: give a dict of parts and clocks, such as {{'optimizer': Every(steps=1000)}}")
+    for part, clock in parts.items():
+        if isinstance(clock, type | Auto) or not callable(getattr(clock, "due", None)):
+            raise TypeError(
+                f"parts={{{part!r}: {clock!r}}}: give asyncckpt.Every(steps=1000), or an object with a method "
+                "due(moment); Auto can be the cadence only"
+            )
+    return dict(parts)
+
+
+def check_clocks_fit(parts: Mapping[str, Cadence], state: Mapping[str, Any]) -> None:
+    absent = [name for name in parts if name not in state]
+    if absent:
+        raise ValueError(f"the Checkpointer's parts= names {', '.join(absent)}, which the state does not have")
 
 
 def checked_export(export: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from asyncckpt import arguments, progress, signals
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
+from asyncckpt.fetching import Wish
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
 from asyncckpt.policy.auto import Auto
@@ -51,6 +52,10 @@ class Checkpointer:
     Args:
         directory: where checkpoints are kept; made by the first save, with its parents.
         cadence: when `maybe_save` saves: `Every`, `Auto`, or any object with the method of `Cadence`.
+        parts: clocks of single parts, such as {"model": Every(steps=100), "optimizer": Every(steps=1000)}. The others
+            go by `cadence`; without one, with every save. A part that is due takes along those that were saved since
+            its own last save, so that complete checkpoints come as often as the slowest clock says. A part whose last
+            save came to nothing, or that was never saved nor restored, goes with the next one.
         preempt: what counts as a notice to leave, such as `Preemption()`, which installs signal handlers; without it,
             no signal is touched. See `preempted`.
         keep: which checkpoints stay; without it, all. Or a function of your own: from the records of the run, oldest
@@ -88,6 +93,7 @@ class Checkpointer:
         directory: Directory,
         *,
         cadence: Cadence | Auto | None = None,
+        parts: Mapping[str, Cadence] | None = None,
         preempt: Preemption | None = None,
         keep: Keep | Policy | None = None,
         export: Mapping[str, str] | None = None,
@@ -109,6 +115,7 @@ class Checkpointer:
         arguments.check_choice("on_error", on_error, ("raise", "warn"))
         arguments.check_whole("max_in_flight", max_in_flight)
         arguments.check_cadence(cadence)
+        clocks = arguments.checked_clocks(parts or {})
         exports = arguments.checked_export(export or {})
         if preempt is not None and not isinstance(preempt, Preemption):
             raise TypeError(f"preempt={preempt!r}: give asyncckpt.Preemption()")
@@ -129,7 +136,7 @@ class Checkpointer:
         self._overlap = overlap is True
         self._snapshotter = Snapshotter(overlap_parts, exports)
         self._watch = Watch(preempt, self._notice_came) if preempt is not None else None
-        self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced)
+        self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced, clocks=clocks)
         self._newest: SaveHandle | None = None
         self._passed_over: set[int] = set()
         self._warned: set[BaseException] = set()
@@ -170,12 +177,11 @@ class Checkpointer:
 
         Args:
             step: from 0 on. Saving a committed step needs `overwrite`; it stays readable until the new one replaces
-                it. Steps of a branch left by `rewind`, if not pinned, and damaged ones that `restore` passed over, are
-                free.
+                it. Steps of a branch left by `rewind`, if not pinned, and those that `restore` passed over, are free.
             state: named parts. Values: anything with `state_dict()` and `load_state_dict()`, or nested dicts, lists
                 and tuples of tensors, numpy arrays and plain values.
             parts: save only these parts. Unless they are all, such a checkpoint is not complete: retention keeps a
-                complete one beside it; to `restore` the whole state while it is the newest, give the step of that.
+                complete one beside it, and `restore` passes it over without `allow_stale`.
             metrics: numbers to be kept with the checkpoint. One that `keep` goes by and that is not there yet may come
                 by `annotate`; until it does, or a later step has it, the checkpoint stays.
             when_full: instead of the Checkpointer's.
@@ -200,9 +206,10 @@ class Checkpointer:
         what = self._snapshotter.describe(state, arguments.checked_parts(state, parts))
         self._check_room(what.size)
         session = self._session
-        handle = SaveHandle(step, session.waiting)
+        handle = SaveHandle(step, session.waiting, tuple(what.omitted))
         arena = session.admit(what.size, when_full)
-        self._schedule.save_begins()
+        number = self._schedule.save_begins(name for name in what.parts if name not in what.exports)
+        handle.add_done_callback(partial(self._came_to_an_end, number))
         if arena is None:
             session.skipped(handle)
         else:
@@ -219,28 +226,34 @@ class Checkpointer:
         return handle
 
     def maybe_save(self, step: int, state: Mapping[str, Any], **options: Any) -> SaveHandle | None:
-        """`save`, with the same options, if the cadence says so, or a notice to leave has come; else None.
+        """`save`, with the same options, if the cadence or a part's clock says so, or a notice to leave has come.
 
-        The first call after a notice saves at once, with `when_full="wait"`; an earlier save that failed is then told
-        by the log, and raised by `close`.
+        Else None. The first call after a notice saves all parts at once, with `when_full="wait"`; an earlier save that
+        failed is then told by the log, and raised by `close`.
 
         Raises:
-            ValueError: the Checkpointer has neither a cadence nor `preempt`.
+            ValueError: the Checkpointer has neither a cadence nor clocks nor `preempt`; a clock is that of no part.
         """
         self._check_usable()
         self._schedule.meter.step_ends()
-        reason = self._schedule.decide(arguments.checked_step(step))
-        if reason is None:
+        clocks = self._schedule.clocks
+        arguments.check_clocks_fit(clocks.named, state)
+        due = self._schedule.decide(arguments.checked_step(step))
+        if due is None:
             return None
-        if reason == "cadence":
-            return self.save(step, state, **options)
-        return self._save_before_leaving(step, state, options)
+        if due.reason == "notice":
+            return self._save_before_leaving(step, state, options)
+        if clocks.named and "parts" not in options:
+            options["parts"] = clocks.chosen(list(state), due.parts, due.others)
+            if not options["parts"]:
+                return None
+        return self.save(step, state, **options)
 
     def should_save(self, step: int) -> bool:
         """Whether `maybe_save(step, ...)` would save. Asking changes nothing.
 
         Raises:
-            ValueError: the Checkpointer has neither a cadence nor `preempt`.
+            ValueError: the Checkpointer has neither a cadence nor clocks nor `preempt`.
         """
         self._check_usable()
         return self._schedule.decide(arguments.checked_step(step)) is not None
@@ -297,41 +310,46 @@ class Checkpointer:
         *,
         parts: Iterable[str] | None = None,
         strict: bool = True,
+        allow_stale: Iterable[str] = (),
         rename: Rename | None = None,
         rewind: bool = False,
     ) -> int | None:
         """Bring `state` to a checkpoint, in place, and return its step.
 
         All bytes are verified, and everything is held against `state`, before anything is touched. Without `step`
-        the newest checkpoint that verifies is taken; a warning names those that were passed over. None means that
-        nothing was ever committed. Saves in flight are waited for.
+        the newest checkpoint that verifies and has all parts is taken; a warning names damaged ones that were passed
+        over. None means that nothing was ever committed. Saves in flight are waited for.
 
         Args:
             parts: restore only these parts.
             strict: False leaves out keys and parts that only one side has.
+            allow_stale: parts that may be older than the rest. A checkpoint that lacks only some of these is taken,
+                and they come from the newest one before it that has them.
             rename: new names for the top-level keys of modules and plain dicts: a function, or a mapping of prefixes,
                 such as {"_orig_mod.": "", "module.": ""}. Other stateful objects keep their keys.
             rewind: later checkpoints are durably taken out of what `restore` may choose, so that a resume never
                 returns to the branch that is left here.
 
         Raises:
-            CheckpointNotFoundError: the step, or a part of it, does not exist.
+            CheckpointNotFoundError: the step, or a part of it, does not exist; or none there is has all that is needed.
             CorruptCheckpointError: the step is damaged; or, without `step`, all are. It never starts silently anew.
             StateMismatchError: keys are missing, unexpected or of another shape; it names them. Nothing was changed.
         """
         self._check_usable()
         self._session.join_copies()
         self._session.drain(None)
-        loaded = self._run.fetch_for(state, step, parts, strict)
+        loaded = self._run.fetch(step, Wish.of_state(state, parts, strict, allow_stale))
         if loaded is None:
             return None
         fill = Filling(loaded, state, strict, rename)
         self._passed_over.update(loaded.passed_over)
         if parts is None:
+            self._passed_over.update(loaded.lacking)
             self._session.trust(loaded.step)
         if rewind:
             self._session.rewind(loaded.step)
         fill()
+        self._schedule.restored(loaded.parts.keys() - loaded.stale.keys(), loaded.stale)
         return loaded.step
 
     def steps(self) -> list[int]:
@@ -522,6 +540,8 @@ class Checkpointer:
         assert self._watch is not None and notice is not None
         if newest is None or newest.step != step or newest.outcome not in ("pending", "committed"):
             newest = self.save(step, state, **{**options, "when_full": "wait"})
+        elif newest.omitted and "parts" not in options:
+            newest = self.save(step, state, **{**options, "when_full": "wait", "overwrite": True})
         self._schedule.answer(notice)
         newest.add_done_callback(partial(report, notice, self._watch.preemption.grace))
         return newest
@@ -588,6 +608,10 @@ class Checkpointer:
     def _in_flight_text(self) -> str:
         steps = sorted(handle.step for handle in self._session.in_flight)
         return f"step{'s' if len(steps) != 1 else ''} {', '.join(map(str, steps))}"
+
+    def _came_to_an_end(self, number: int, handle: SaveHandle) -> None:
+        if handle.outcome != "committed":
+            self._schedule.clocks.came_to_nothing(number)
 
     def _save_ended(self, handle: SaveHandle) -> None:
         if handle is self._newest:

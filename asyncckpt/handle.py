@@ -45,8 +45,10 @@ class SaveHandle:
         failed     not committed; `result` raises why
     """
 
-    def __init__(self, step: int, waiting: Waiting = nullcontext) -> None:
+    def __init__(self, step: int, waiting: Waiting = nullcontext, omitted: tuple[str, ...] = ()) -> None:
         self.step = step
+        self.omitted = omitted
+        """The parts of the state that are left out of it; none, and it is complete."""
         self.outcome: Outcome = "pending"
         self.blocked = 0.0
         """Seconds that `save` took."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,15 @@ from asyncckpt.arguments import checked_metrics, checked_step
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
+from asyncckpt.fetching import Loaded, Wish, fetch, listed
 from asyncckpt.format import names
 from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
-from asyncckpt.read.select import newest
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
-from asyncckpt.snapshot.rebuild import rebuild_part, rebuild_tensors
 from asyncckpt.snapshot.rng import RngState
 from asyncckpt.storage.local import LocalStorage
 
 Directory = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Verified parts of one checkpoint, in memory; `passed_over` are newer, damaged steps, each with the reason."""
-
-    step: int
-    parts: dict[str, Any]
-    passed_over: dict[int, str]
 
 
 class Run:
@@ -122,8 +111,9 @@ class Run:
     def load(
         self, step: int | None = None, *, parts: Iterable[str] | None = None, keys: Iterable[str] | None = None
     ) -> dict[str, Any]:
-        """Parts of a checkpoint as plain values, tensors on the CPU, by name. Without `step`, the newest that verifies.
+        """Parts of a checkpoint as plain values, tensors on the CPU, by name.
 
+        Without `step`, of the newest that verifies and has the `parts`; without these, whatever the newest has.
         Exports are among them only where `parts` names them, such as "model-bf16". With `keys`, only the tensors of
         these names in the one part that `parts` names; only their chunks are read.
 
@@ -132,13 +122,10 @@ class Run:
             CorruptCheckpointError: the step asked for is damaged, or all are.
             ValueError: `keys` without exactly one part.
         """
-        wanted = None if parts is None else _listed(parts)
-        if keys is None:
-            loaded = self.fetch(step, wanted)
-        else:
-            if wanted is None or len(wanted) != 1:
-                raise ValueError("keys= takes tensors of one part: give parts=[name] with it")
-            loaded = self.fetch(step, wanted, _listed(keys))
+        wanted = None if parts is None else listed(parts)
+        if keys is not None and (wanted is None or len(wanted) != 1):
+            raise ValueError("keys= takes tensors of one part: give parts=[name] with it")
+        loaded = self.fetch(step, Wish(wanted, None if keys is None else listed(keys)))
         if loaded is None:
             raise CheckpointNotFoundError(f"no checkpoint in {self.storage.url}")
         return loaded.parts
@@ -150,53 +137,20 @@ class Run:
         *,
         parts: Iterable[str] | None = None,
         strict: bool = True,
+        allow_stale: Iterable[str] = (),
         rename: Rename | None = None,
     ) -> int | None:
         """Bring `state` to a checkpoint, in place, and return its step: see `Checkpointer.restore`."""
-        loaded = self.fetch_for(state, step, parts, strict)
+        loaded = self.fetch(step, Wish.of_state(state, parts, strict, allow_stale))
         if loaded is None:
             return None
         fill = Filling(loaded, state, strict, rename)
         fill()
         return loaded.step
 
-    def fetch_for(
-        self, state: Mapping[str, Any], step: int | None, parts: Iterable[str] | None, strict: bool
-    ) -> Loaded | None:
-        """What `state` needs of a checkpoint.
-
-        Raises:
-            StateMismatchError: `strict`, and state and checkpoint do not have the same parts.
-        """
-        wanted = list(state) if parts is None else _listed(parts)
-        absent = [name for name in wanted if name not in state]
-        if absent:
-            raise StateMismatchError(f"parts= names {', '.join(absent)}, which the state does not have")
-        return self.fetch(step, wanted, resume=True, whole=parts is None and strict, strict=strict)
-
-    def fetch(
-        self,
-        step: int | None,
-        parts: Collection[str] | None,
-        keys: list[str] | None = None,
-        *,
-        resume: bool = False,
-        whole: bool = False,
-        strict: bool = True,
-    ) -> Loaded | None:
-        """Read and verify `parts` of `step`, or of the newest step that verifies; None where nothing is committed."""
-
-        def read(step: int) -> dict[str, Any]:
-            with CheckpointReader(self._catalog, step) as reader:
-                chosen = _choose(reader, parts, resume, whole, strict)
-                if keys is not None:
-                    return {part: rebuild_tensors(reader, part, keys) for part in chosen}
-                return {part: rebuild_part(reader, part) for part in chosen}
-
-        if step is not None:
-            return Loaded(step, read(step), {})
-        found, passed_over = newest(self._catalog, lambda step: (step, read(step)))
-        return None if found is None else Loaded(*found, passed_over)
+    def fetch(self, step: int | None, wish: Wish) -> Loaded | None:
+        """What is wanted of `step`, or of the newest that has it, read and verified: see `fetching.fetch`."""
+        return fetch(self._catalog, step, wish)
 
     def _given_or_latest(self, step: int | None) -> int:
         step = self.latest() if step is None else step
@@ -239,37 +193,6 @@ class Filling:
             state[name] = value
 
 
-def _choose(
-    reader: CheckpointReader, parts: Collection[str] | None, resume: bool, whole: bool, strict: bool
-) -> list[str]:
-    """The parts to read, in the order of the checkpoint. Exports only where they are named, and not to `resume`."""
-    there = reader.manifest.resumable if resume or parts is None else reader.parts
-    if parts is None:
-        return there
-    exports = [name for name in parts if resume and name in reader.manifest.exports]
-    if exports:
-        raise StateMismatchError(
-            f"{', '.join(exports)} of step {reader.step} can't be restored: exports are casts, for reading only. Use "
-            "load, and put into a model what you want there."
-        )
-    missing = [name for name in parts if name not in there]
-    unexpected = [name for name in there if name not in parts] if whole else []
-    if whole and (missing or unexpected):
-        raise StateMismatchError(
-            f"step {reader.step} has the parts {', '.join(reader.parts)}; the state has {', '.join(parts)}. Nothing "
-            "was changed. Use parts= for some of them, or strict=False for those that both have.",
-            missing=tuple(missing),
-            unexpected=tuple(unexpected),
-        )
-    if missing and strict:
-        reader.part(missing[0])  # says what there is
-    return [name for name in there if name in parts]
-
-
-def _listed(names_: Iterable[str]) -> list[str]:
-    return [names_] if isinstance(names_, str) else list(names_)
-
-
 def check_directory(directory: Directory) -> str:
     """The path of a run.
 
@@ -296,10 +219,11 @@ def restore(
     *,
     parts: Iterable[str] | None = None,
     strict: bool = True,
+    allow_stale: Iterable[str] = (),
     rename: Rename | None = None,
 ) -> int | None:
     """Bring `state` to a checkpoint in `directory` without owning the run: see `Checkpointer.restore`."""
-    return Run(directory).restore(state, step, parts=parts, strict=strict, rename=rename)
+    return Run(directory).restore(state, step, parts=parts, strict=strict, allow_stale=allow_stale, rename=rename)
 
 
 def load(

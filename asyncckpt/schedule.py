@@ -1,18 +1,29 @@
-"""When a run is saved: its cadence, the measured costs that it sees, and notices of a preemption."""
+"""When a run is saved, and which parts: cadence and clocks, the costs that they see, notices of a preemption."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from asyncckpt.policy.auto import Auto, Interval, Pacer
 from asyncckpt.policy.cadence import Cadence, Measured, Moment
+from asyncckpt.policy.clocks import Clocks
 from asyncckpt.policy.overlap import OverlapTrial
 from asyncckpt.preemption import Notice, Watch
 from asyncckpt.snapshot.meter import StepMeter
 
 Reason = Literal["cadence", "notice"]
+
+
+@dataclass(frozen=True)
+class Due:
+    """Why a step is to be saved; and, for a cadence, which `parts` have clocks that say so, and whether `others` go."""
+
+    reason: Reason
+    parts: frozenset[str] = frozenset()
+    others: bool = True
 
 
 class Schedule:
@@ -25,6 +36,7 @@ class Schedule:
         trial: OverlapTrial | None = None,
         fenced: Callable[[], float] = lambda: 0.0,
         now: Callable[[], float] = time.monotonic,
+        clocks: Mapping[str, Cadence] | None = None,
     ) -> None:
         self._cadence = Pacer(cadence) if isinstance(cadence, Auto) else cadence
         self.meter = StepMeter(trial, fenced, self._learn, now)
@@ -32,6 +44,7 @@ class Schedule:
         self.answered = False
         self._now = now
         self._last_save = now()
+        self.clocks = Clocks(clocks or {}, now())
 
     @property
     def notice(self) -> Notice | None:
@@ -43,8 +56,8 @@ class Schedule:
         """What `Auto` has chosen; None while it measures, and with any other cadence."""
         return self._cadence.interval if isinstance(self._cadence, Pacer) else None
 
-    def decide(self, step: int) -> Reason | None:
-        """Why `step` is to be saved, if it is. Asking changes nothing.
+    def decide(self, step: int) -> Due | None:
+        """Why `step` is to be saved, and what of it, if it is. Asking changes nothing.
 
         All that decides this comes together here: one rank that asks could publish the answer to the others.
 
@@ -52,21 +65,32 @@ class Schedule:
             ValueError: there is nothing to decide by.
         """
         if self.notice is not None and not self.answered:
-            return "notice"
-        if self._cadence is None:
-            if self._watch is not None:
-                return None
+            return Due("notice")
+        now, measured = self._now(), self.meter.measured
+        parts = self.clocks.due(step, now, measured)
+        if self._cadence is not None:
+            others = self._cadence.due(Moment(step, now - self._last_save, measured))
+        elif self._watch is not None or self.clocks.named:
+            others = bool(parts)
+        else:
             raise ValueError("maybe_save needs a cadence: Checkpointer(..., cadence=asyncckpt.Every(steps=100))")
-        moment = Moment(step, self._now() - self._last_save, self.meter.measured)
-        return "cadence" if self._cadence.due(moment) else None
+        return Due("cadence", parts, others) if parts or others else None
 
     def answer(self, notice: Notice | None) -> None:
         """What a notice (if there was one) asked for is being saved; from now on the cadence decides again."""
         self.answered = self.answered or notice is not None
 
-    def save_begins(self) -> None:
-        """A save is made, or skipped."""
-        self._last_save = self._now()
+    def save_begins(self, parts: Iterable[str] = ()) -> int:
+        """A save of these parts is made, or skipped. Returns its number: see `Clocks.came_to_nothing`."""
+        parts, now = list(parts), self._now()
+        if not self.clocks.named or not self.clocks.named.keys() >= set(parts):
+            self._last_save = now
+        return self.clocks.saved(parts, now)
+
+    def restored(self, parts: Iterable[str], stale: Iterable[str]) -> None:
+        """These parts are what they were at a save, and the `stale` ones what they were at an earlier one."""
+        self.clocks.saved(stale, self._now())
+        self.clocks.saved(parts, self._now())
 
     def _learn(self, measured: Measured) -> None:
         if isinstance(self._cadence, Pacer):

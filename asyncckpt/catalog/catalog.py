@@ -69,14 +69,16 @@ class Catalog:
             return None
         return decode_notes(data, step)
 
-    def records(self) -> list[Record]:
+    def records(self, before: int | None = None) -> list[Record]:
         """All that are committed, oldest first; damaged ones and those of branches that were left are among them.
+
+        With `before`, which branches were left is told as it was before the commit of that sequence.
 
         Raises:
             CorruptCheckpointError: the record of the rewinds is damaged.
             StorageError: this process may not read, or has no room to.
         """
-        rewinds = self.rewinds()
+        rewinds = self.rewinds() if before is None else self.rewinds().before(before)
         found = []
         for step in self.folders():
             present = self.storage.list(names.step_name(step))

@@ -17,6 +17,7 @@ from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, Rewind, Rewinds, encode
 from asyncckpt.policy.keep import Keep, Policy, candidates, judge, sound
 from asyncckpt.policy.records import Record
+from asyncckpt.policy.stale import needed
 from asyncckpt.storage.base import Hold, Storage
 
 log = logging.getLogger("asyncckpt")
@@ -167,7 +168,8 @@ class Custody:
     def _safe(self, records: list[Record]) -> set[int]:
         """The newest verified of each kind that a restore may want; of a kind none of which is verified, all.
 
-        Empty where nothing at all is verified: then nothing may be deleted.
+        And those that a restore of these takes stale parts from. Empty where nothing at all is verified: then nothing
+        may be deleted.
         """
         kinds = _kinds(records)
         if not any(r.step in self.verified for r in kinds[0]):
@@ -177,7 +179,7 @@ class Custody:
             steps = {r.step for r in kind}
             verified = steps & self.verified
             safe |= {max(verified)} if verified else steps
-        return safe
+        return safe | needed(candidates, [r for r in candidates if r.step in safe]).keys()
 
     def vouch(self, check: Callable[[int], bool]) -> None:
         """Verify the newest of each kind that a restore may want, so that retention has something to rely on.

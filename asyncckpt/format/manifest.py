@@ -126,6 +126,10 @@ class Rewinds(msgspec.Struct, frozen=True):
         """Whether `manifest` lies on a branch that was left."""
         return any(manifest.step > r.step and manifest.sequence <= r.sequence for r in self.rewinds)
 
+    def before(self, sequence: int) -> Rewinds:
+        """Those that were made before the commit of that sequence."""
+        return Rewinds(rewinds=[r for r in self.rewinds if r.sequence < sequence])
+
     @property
     def sequence(self) -> int:
         return max((r.sequence for r in self.rewinds), default=0)

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from asyncckpt.policy.records import Record
+from asyncckpt.policy.stale import needed
 
 Policy = Callable[[Sequence[Record]], Iterable[int]]
 """From the records of a run, oldest first, the steps that may go: see `candidates`."""
@@ -28,7 +29,8 @@ class Keep:
     """Which checkpoints stay. Clauses are joined by *or*: what any of them names stays.
 
     Whatever they say, the newest complete checkpoint stays, the newest one not known to hold NaN or inf, the newest
-    verified one, and all that are pinned or being read. Branches left by a rewind go first.
+    verified one, and all that are pinned or being read. Where one that stays lacks parts, those stay that a restore
+    with `allow_stale` would take these parts from. Branches left by a rewind go first.
 
     Args:
         last: the newest N complete ones; and of those that lack parts and are newer than all of these, the newest N.
@@ -88,6 +90,8 @@ class Keep:
         for clause in (self._last, self._every, self._within, self._best):
             for step, why in clause(ordered).items():
                 found.setdefault(step, []).append(why)
+        for step, why in needed(ordered, [r for r in ordered if r.step in found]).items():
+            found.setdefault(step, []).append(why)
         return {step: ", ".join(whys) for step, whys in found.items()}
 
     def _last(self, records: list[Record]) -> dict[int, str]:

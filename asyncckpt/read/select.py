@@ -14,13 +14,15 @@ log = logging.getLogger("asyncckpt")
 T = TypeVar("T")
 
 
-def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
-    """What `read` gives for the newest step that it can read; None where nothing was ever committed.
+def newest(catalog: Catalog, read: Callable[[int], T | None]) -> tuple[T | None, dict[int, str]]:
+    """What `read` gives for the newest step that it can read, and does not answer with None: that one won't do.
 
-    Also the damaged steps that were passed over, newest first, each with the reason; a warning names them.
+    None where there is no such step. Also the damaged steps that were passed over, newest first, each with the reason;
+    a warning names them.
 
     Raises:
-        CorruptCheckpointError: there are checkpoints, and every one is damaged. It never starts silently anew.
+        CorruptCheckpointError: there are checkpoints that might do, and every one is damaged. It never starts
+            silently anew.
         StorageError: this process may not read, or has no room to: that says nothing of the checkpoint.
     """
     damaged: dict[int, str] = {}
@@ -42,6 +44,8 @@ def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[i
             if catalog.exists(step):
                 raise
             continue  # retired by its owner while we were reading
+        if result is None:
+            continue
         if catalog.is_rewound(step):  # its manifest could not be read before
             continue
         if damaged:
@@ -49,7 +53,8 @@ def newest(catalog: Catalog, read: Callable[[int], T]) -> tuple[T | None, dict[i
         return result, damaged
     if damaged:
         raise CorruptCheckpointError(
-            f"{catalog.storage.url}: every checkpoint is damaged: {_list(damaged)}. Nothing was restored. "
+            f"{catalog.storage.url}: every checkpoint {'that may do ' if len(tried) > len(damaged) else ''}is damaged: "
+            f"{_list(damaged)}. Nothing was restored. "
             "Repair the storage, restore from a copy, or use a new directory to start from the beginning."
         )
     return None, damaged

@@ -1,0 +1,73 @@
+"""Where stale parts come from, and that retention leaves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncckpt.policy.keep import Keep, judge
+from asyncckpt.policy.records import Record
+from asyncckpt.policy.stale import source
+
+PARTS = ("model", "ema", "optimizer")
+
+
+@st.composite
+def partial_runs(draw: st.DrawFn) -> list[Record]:
+    """Runs of checkpoints with some parts each; some were saved again after going back, or lie on branches left."""
+    steps = sorted(draw(st.sets(st.integers(0, 60), min_size=1, max_size=14)))
+    sequences = draw(st.just(list(range(len(steps)))) | st.permutations(range(len(steps))))
+    found = []
+    for step, sequence in zip(steps, sequences, strict=True):
+        omitted = draw(st.sets(st.sampled_from(PARTS), max_size=2))
+        parts = tuple(part for part in PARTS if part not in omitted)
+        rewound = draw(st.sampled_from([False, False, False, True]))
+        found.append(Record(step, sequence=sequence, parts=parts, omitted=tuple(sorted(omitted)), rewound=rewound))
+    return found
+
+
+def restorable(records: list[Record]) -> dict[str, int] | None:
+    """By part, the step that a restore with every part allowed to be stale takes it from."""
+    for record in sorted(records, key=lambda r: -r.step):
+        if record.rewound:
+            continue
+        origins = {part: source(records, part, record.step, record.sequence) for part in record.omitted}
+        if all(origins.values()):
+            return dict.fromkeys(record.parts, record.step) | {p: o.step for p, o in origins.items() if o is not None}
+    return None
+
+
+@given(partial_runs(), st.sampled_from(PARTS))
+def test_a_source_is_the_newest_of_what_was_there_before(records: list[Record], part: str) -> None:
+    for record in records:
+        found = source(records, part, record.step, record.sequence)
+        before = [
+            r.step for r in records
+            if r.step < record.step and r.sequence < record.sequence and part in r.parts and not r.rewound
+        ]  # fmt: skip
+        assert (found.step if found else None) == max(before, default=None)
+
+
+def test_an_export_is_no_source() -> None:
+    records = [Record(1, sequence=1, parts=("model-bf16",), exports=("model-bf16",))]
+    assert source(records, "model-bf16", 2, 2) is None
+
+
+@given(partial_runs(), st.integers(1, 4), st.sampled_from([{}, {"every": 7}, {"every": 2}]))
+def test_retention_leaves_the_newest_restorable_state_as_it_is(
+    records: list[Record], last: int, more: dict[str, Any]
+) -> None:
+    before = restorable(records)
+    verdicts = judge(records, Keep(last=last, **more))
+    assert restorable([r for r in records if verdicts[r.step].stays]) == before
+
+
+@given(partial_runs())
+def test_no_policy_of_the_users_own_takes_what_the_newest_needs(records: list[Record]) -> None:
+    verdicts = judge(records, lambda asked: [r.step for r in asked])
+    newest = max((r for r in records if not r.rewound), key=lambda r: r.step, default=None)
+    for part in newest.omitted if newest is not None else ():
+        origin = source(records, part, newest.step, newest.sequence)
+        assert origin is None or verdicts[origin.step].stays
