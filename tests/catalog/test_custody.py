@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.checkpoints import commit, flip, small, snapshot, write_attempt
+from support.checkpoints import Part, commit, flip, small, snapshot, write_attempt
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.custody import Custody
@@ -193,6 +193,22 @@ def test_retention_keeps_what_the_policy_keeps_and_the_newest_verified(
     assert newest is None or newest in left
     for step in left:
         verify(storage, step)
+
+
+def test_what_the_newest_verified_one_takes_from_older_ones_stays(storage: LocalStorage) -> None:
+    """Step 3 lacks what step 2 has, and is all that is verified; newer ones may be damaged."""
+    model, optimizer = ({name: Part(tree=name)} for name in ("model", "optimizer"))
+    commit(storage, 1, model | optimizer)
+    commit(storage, 2, optimizer, omitted=["model"])
+    commit(storage, 3, model, omitted=["optimizer"])
+    commit(storage, 4, model, omitted=["optimizer"])
+    for step in (5, 6):
+        commit(storage, step, model | optimizer)
+    custody = Custody(storage, Keep(last=1))
+    custody.verified.add(3)
+    assert custody.retire() == [4]
+    custody.verified.add(6)
+    assert custody.retire() == [1, 2, 3, 5]
 
 
 def test_a_replaced_attempt_goes_and_the_new_one_stays(storage: LocalStorage) -> None:
