@@ -29,8 +29,8 @@ class Keep:
     """Which checkpoints stay. Clauses are joined by *or*: what any of them names stays.
 
     Whatever they say, the newest complete checkpoint stays, the newest one not known to hold NaN or inf, the newest
-    verified one, and all that are pinned or being read. Where one that stays lacks parts, those stay that a restore
-    with `allow_stale` would take these parts from. Branches left by a rewind go first.
+    verified one, and all that are pinned or being read. Where one that is kept lacks parts, those stay that a restore
+    with `allow_stale` takes these parts from. Branches left by a rewind go first.
 
     Args:
         last: the newest N complete ones; and of those that lack parts and are newer than all of these, the newest N.
@@ -90,8 +90,6 @@ class Keep:
         for clause in (self._last, self._every, self._within, self._best):
             for step, why in clause(ordered).items():
                 found.setdefault(step, []).append(why)
-        for step, why in needed(ordered, [r for r in ordered if r.step in found]).items():
-            found.setdefault(step, []).append(why)
         return {step: ", ".join(whys) for step, whys in found.items()}
 
     def _last(self, records: list[Record]) -> dict[int, str]:
@@ -154,7 +152,11 @@ def judge(records: Iterable[Record], keep: Keep | Policy | None) -> dict[int, Ve
             return Verdict(False, "no clause keeps it" if isinstance(keep, Keep) else "the policy lets it go")
         return Verdict(True, kept.get(record.step, "the policy keeps it"))
 
-    return {record.step: verdict(record) for record in ordered}
+    verdicts = {record.step: verdict(record) for record in ordered}
+    for step, why in needed(asked, [r for r in asked if verdicts[r.step].stays]).items():
+        if not verdicts[step].stays:
+            verdicts[step] = Verdict(True, why)
+    return verdicts
 
 
 def candidates(records: Iterable[Record]) -> list[Record]:
