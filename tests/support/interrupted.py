@@ -22,6 +22,10 @@ import traceback
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
+import asyncckpt
+
 Kill = tuple[int, float]
 PATIENCE = 60
 """Seconds that one run may take."""
@@ -95,8 +99,15 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+def warm_up() -> None:
+    """Import what torch and asyncckpt import when they are first used, so that no run has to."""
+    torch.optim.SGD([torch.zeros(1)])
+    _ = asyncckpt.Checkpointer, asyncckpt.RngState, asyncckpt.Keep
+
+
 def main() -> None:
     example, folder = load(Path(sys.argv[1])), Path(sys.argv[2])
+    warm_up()
     for number, kills in enumerate(json.loads(sys.argv[3])):
         print(json.dumps(train(example, folder / str(number), kills)), flush=True)
 
