@@ -179,7 +179,8 @@ class Custody:
             steps = {r.step for r in kind}
             verified = steps & self.verified
             safe |= {max(verified)} if verified else steps
-        return safe | needed(candidates, [r for r in candidates if r.step in safe]).keys()
+        present = candidates(records)
+        return safe | needed(present, [r for r in present if r.step in safe]).keys()
 
     def vouch(self, check: Callable[[int], bool]) -> None:
         """Verify the newest of each kind that a restore may want, so that retention has something to rely on.

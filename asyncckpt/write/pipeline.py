@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -83,9 +83,11 @@ class Prepared:
     nonfinite: dict[str, list[str]] | None
     """By part, the tensors that hold NaN or inf; None where nobody looked."""
 
-    @property
-    def finite(self) -> bool | None:
-        return None if self.nonfinite is None else not any(self.nonfinite.values())
+    def finite(self, exports: Collection[str]) -> bool | None:
+        """Whether all is finite that a training is resumed from: a cast may overflow, and harms none."""
+        if self.nonfinite is None:
+            return None
+        return not any(found for part, found in self.nonfinite.items() if part not in exports)
 
 
 class Attempt:

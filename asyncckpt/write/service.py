@@ -276,7 +276,7 @@ class Service:
             metrics=dict(begin.metrics),
             omitted=begin.omitted,
             exports=begin.exports,
-            finite=prepared.finite,
+            finite=prepared.finite(begin.exports),
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
         self._storage.publish(key, encode(manifest), replace=begin.replace)

@@ -158,6 +158,13 @@ def test_an_export_goes_with_its_part(tmp_path: Path) -> None:
     assert [r.parts for r in asyncckpt.open(tmp_path).records()] == [("optimizer",), ("model", "model-bf16")]
 
 
+def test_a_cast_that_overflows_is_told_and_makes_no_checkpoint_unsound(tmp_path: Path, caplog: Any) -> None:
+    with run(tmp_path, export={"model": "fp16"}, check_finite=True) as ckpt:
+        ckpt.save(1, {"model": {"large": torch.tensor([1e6])}})
+    assert [r.finite for r in asyncckpt.open(tmp_path).records()] == [True]
+    assert "model-fp16: large" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("export", "error"),
     [({"model": "int8"}, ValueError), ({"model": torch.bfloat16}, ValueError), ({"../x": "bf16"}, ValueError),
