@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import run
+from asyncckpt import fetching
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
@@ -197,4 +197,4 @@ def nothing_when_all_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
         except CorruptCheckpointError:
             return None, {}
 
-    monkeypatch.setattr(run, "newest", newest)
+    monkeypatch.setattr(fetching, "newest", newest)
