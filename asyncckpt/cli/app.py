@@ -103,6 +103,27 @@ def diff(
 
 @app.command()
 @answering
+def export(
+    checkpoint: CheckpointArgument,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
+    part: Annotated[str, typer.Option("--part", help="What to export.")] = "model",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Cast floating tensors to bf16, fp16 or fp32 [as they are].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> Answer:
+    """Write a part of a checkpoint to one safetensors file. Of a RUN, from its newest that has the part.
+
+    Every byte is verified on the way. Tensors keep the names of their paths; other values have no place in such a file.
+    """
+    from asyncckpt.cli import exporting
+
+    return exporting.write(checkpoint, file, part, dtype, overwrite)
+
+
+@app.command()
+@answering
 def prune(
     run: RunArgument,
     keep_last: Annotated[int | None, typer.Option("--keep-last", help="Keep the newest N complete ones [1].")] = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +69,10 @@ class Image:
     size: int
 
 
-def layout(specs: Sequence[Spec]) -> Image:
+def layout(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> Image:
     """Lay tensors out without holes, each at a multiple of its alignment; those of whole cache lines come first.
+
+    `metadata` goes into the header for readers of other libraries.
 
     Raises:
         ValueError: more names than a safetensors header can hold (100 MB).
@@ -78,7 +80,7 @@ def layout(specs: Sequence[Spec]) -> Image:
     order = sorted(range(len(specs)), key=lambda i: (specs[i].nbytes % 64 != 0, -specs[i].align, i))
     starts = [0] * len(specs)
     position = 0
-    table: dict[str, Any] = {}
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     for i in order:
         spec = specs[i]
         starts[i] = position

@@ -13,7 +13,7 @@ from asyncckpt.read.reader import CheckpointReader
 if TYPE_CHECKING:
     from asyncckpt.format.tree import Node
 
-_NAME = {
+NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32",
     "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
@@ -72,7 +72,7 @@ def tensor_nodes(node: Node) -> Iterator[dict[str, Any]]:
 
 
 def _as_used(entry: Entry, uses: list[dict[str, Any]]) -> StoredTensor:
-    dtype, shape = _NAME[entry.dtype], entry.shape
+    dtype, shape = NAMES[entry.dtype], entry.shape
     if len(uses) == 1:
         use = uses[0]
         shape = tuple(int(length) for length in use.get("s", shape))

@@ -182,6 +182,43 @@ def test_diff_answers_by_its_exit_code(cli: Command, run: Path) -> None:
 PRUNE = ("--keep-last", "1", "--keep-best", "1", "--metric", "loss")
 
 
+def test_export_writes_a_part_as_one_file(cli: Command, tmp_path: Path) -> None:
+    storage, weights = LocalStorage(str(tmp_path / "run")), np.array([1.0, 1.00390625, -2.5], np.float32)
+    commit(storage, 1, {"model": Part({"w": weights}, {"w": {"$": "tensor", "n": "w"}}), "note": Part(tree=1)})
+    commit(storage, 2, {"note": Part(tree=2)}, omitted=["model"])
+    target = tmp_path / "model.safetensors"
+    found = cli("export", tmp_path / "run", target, "--dtype", "bf16", "--json")
+    assert found.code == answers.OK
+    assert found.json == {
+        "run": str(tmp_path / "run"), "step": 1, "part": "model", "file": str(target),
+        "bytes": 4096 + 6, "tensors": 1, "dtype": "bf16",
+    }  # fmt: skip
+    upper = np.frombuffer(target.read_bytes()[4096:], "<u2").astype("<u4") << 16
+    assert upper.view("<f4").tolist() == [1.0, 1.0, -2.5]
+    again = cli("export", f"{tmp_path / 'run'}@1", target)
+    assert again.code == answers.USAGE and "is there already" in again.err
+    assert "1 tensors" in cli("export", f"{tmp_path / 'run'}@1", target, "--overwrite").out
+    assert np.frombuffer(target.read_bytes()[4096:], "<f4").tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["{run}@7"], answers.NOT_FOUND), (["{run}", "--part", "nothing"], answers.NOT_FOUND),
+        (["{run}", "--part", "note"], answers.NOT_FOUND), (["{run}", "--dtype", "int8"], answers.USAGE),
+        (["{run}@300"], answers.CORRUPT), (["{run}@200"], answers.CORRUPT),
+    ],
+)  # fmt: skip
+def test_an_export_that_fails_leaves_nothing(cli: Command, run: Path, words: list[str], code: int) -> None:
+    flip(manifest_of(run, 300), 5)
+    flip(image_of(run, 200), 4096)
+    before = snapshot(run.parent)
+    reference, *options = (word.format(run=run) for word in words)
+    found = cli("export", reference, run.parent / "out.safetensors", *options)
+    assert found.code == code and found.out == "" and found.err != ""
+    assert snapshot(run.parent) == before
+
+
 def test_a_dry_run_says_why_and_changes_nothing(cli: Command, run: Path) -> None:
     cli("pin", f"{run}@100")
     before = snapshot(run)
@@ -477,6 +514,12 @@ def test_no_command_loads_torch(tmp_path: Path, words: str) -> None:
     )
     assert ended.returncode in (answers.OK, answers.NO), ended.stderr
     assert ended.stderr.splitlines()[-1] == "loaded:"
+
+
+def test_an_export_loads_numpy_and_no_torch(run: Path) -> None:
+    words = ["export", str(run), str(run.parent / "out.safetensors"), "--dtype", "fp16"]
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", LOOK, *words], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr.decode().splitlines()[-1]) == (answers.OK, "loaded: numpy")
 
 
 def test_python_m_asyncckpt_is_the_command_line(run: Path) -> None:
