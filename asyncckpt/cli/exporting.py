@@ -31,15 +31,21 @@ def write(reference: str, file: str, part: str, dtype: str | None, overwrite: bo
 
 
 def _newest_with(run: Catalog, part: str) -> int:
-    """Raises: CheckpointNotFoundError: no checkpoint has the part."""
+    """The newest checkpoint that has the part, or a newer one of which that can't be told: it will say why.
+
+    Raises:
+        CheckpointNotFoundError: none has it.
+    """
     there: list[str] = []
+    damaged: list[int] = []
     for step in run.candidates():
         try:
             parts = run.manifest(step).parts
-        except (CheckpointNotFoundError, CorruptCheckpointError):
-            return step  # which says what is wrong with it
+        except CorruptCheckpointError:
+            damaged.append(step)
+            continue
         if part in parts:
-            return step
+            return damaged[0] if damaged else step
         there = there or parts
     raise CheckpointNotFoundError(
         f"no checkpoint in {run.storage.url} has a part {part!r}"

@@ -201,6 +201,13 @@ def test_export_writes_a_part_as_one_file(cli: Command, tmp_path: Path) -> None:
     assert np.frombuffer(target.read_bytes()[4096:], "<f4").tolist() == weights.tolist()
 
 
+def test_export_takes_no_older_checkpoint_for_a_damaged_one(cli: Command, run: Path) -> None:
+    flip(manifest_of(run, 500), 5)
+    found = cli("export", run, run.parent / "out.safetensors")
+    assert found.code == answers.CORRUPT and "step 500" in found.err
+    assert cli("export", f"{run}@400", run.parent / "out.safetensors").code == answers.OK
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
