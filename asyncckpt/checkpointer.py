@@ -482,6 +482,7 @@ class Checkpointer:
 
     def _leave(self) -> None:
         """The process ends, and `close` was not called: drain, and say on stderr what could not be saved."""
+        self._closed = True  # another thread may go on saving, for ever
         try:
             if not self._session.drain(_EXIT_PATIENCE):
                 print(f"asyncckpt: {self!r}: {self._in_flight_text()} not committed at exit", file=sys.stderr)
