@@ -207,17 +207,21 @@ class Checkpointer:
         self._check_room(what.size)
         session = self._session
         handle = SaveHandle(step, session.waiting, tuple(what.omitted))
-        arena = session.admit(what.size, when_full)
-        number = self._schedule.save_begins(name for name in what.parts if name not in what.exports)
-        handle.add_done_callback(partial(self._came_to_an_end, number))
-        if arena is None:
-            session.skipped(handle)
-        else:
-            overlap = self._trial.next() if self._trial is not None else self._overlap
-            self._newest = handle
-            self._taken.add(step)
-            self._schedule.meter.save_begins(overlap)
-            session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
+        try:
+            arena = session.admit(handle, what.size, when_full)
+            number = self._schedule.save_begins(name for name in what.parts if name not in what.exports)
+            handle.add_done_callback(partial(self._came_to_an_end, number))
+            if arena is None:
+                session.skipped(handle)
+            else:
+                overlap = self._trial.next() if self._trial is not None else self._overlap
+                self._newest = handle
+                self._taken.add(step)
+                self._schedule.meter.save_begins(overlap)
+                session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
+        except BaseException as error:
+            session.abandon(handle, error)
+            raise
         handle.blocked = time.perf_counter() - begun
         if arena is not None:
             self._schedule.answer(notice)

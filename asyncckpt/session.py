@@ -90,8 +90,10 @@ class Session:
 
     # The queue
 
-    def admit(self, size: int, when_full: WhenFull) -> Arena | None:
+    def admit(self, handle: SaveHandle, size: int, when_full: WhenFull) -> Arena | None:
         """An arena of `size` bytes, when there is a place in the queue; None: skip this save.
+
+        What is raised between the call of this and the return of `launch` is to be followed by `abandon`.
 
         Raises:
             QueueFullError: `when_full` is "raise".
@@ -102,7 +104,7 @@ class Session:
             self._link.ensure()
             with self._changed:
                 full = len(self._flights) >= self._max_in_flight
-                arena = None if full else self._pool.lease(size)
+                arena = None if full else self._pool.lease(size, handle)
                 if arena is not None:
                     return arena
                 if when_full == "skip":
@@ -124,6 +126,16 @@ class Session:
             waiting[-1].asked_to_yield = True
             self._link.send(m.Drop(waiting[-1].number, queued_only=True))
 
+    def abandon(self, handle: SaveHandle, error: BaseException) -> None:
+        """The save has ended by an exception: unless it was launched, and ends in its own way, give its arena back."""
+        handle.told = True
+        with self._changed:
+            if any(flight.handle is handle for flight in self._flights.values()):
+                return
+            self._pool.take_back(handle)
+            self._changed.notify_all()
+        handle.finish("failed", error)
+
     def skipped(self, handle: SaveHandle) -> None:
         handle.finish("skipped")
         with self._changed:
@@ -142,7 +154,7 @@ class Session:
     ) -> None:
         """Announce the save to the writer and start its copies.
 
-        Whatever is raised in here (by a signal handler of the user's, say), the save is over then, and the arena free.
+        Whatever is raised in here (by a signal handler of the user's, say), the save is over then.
         """
         flight: Flight | None = None
         try:
@@ -166,13 +178,8 @@ class Session:
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
             )
         except BaseException as error:
-            handle.told = True
             if flight is not None and flight.number in self._flights:
                 self._copied(flight, writer, seal, error)
-            else:
-                with self._changed:
-                    self._pool.give_back(arena)
-                    self._changed.notify_all()
             raise
 
     def _forget(self, arena: int) -> None:
@@ -185,7 +192,7 @@ class Session:
             writer.send(seal)
             flight.handle.mark_staged()
         else:
-            flight.error = error
+            flight.error = error if isinstance(error, Exception) else _interrupted(error)
             writer.send(m.Drop(flight.number))
         with self._changed:
             flight.copied = True
@@ -349,21 +356,21 @@ class Session:
 
     def reserve_arenas(self, size: int) -> None:
         """Take what arenas of `size` bytes there may be and are not, and touch their pages in the background."""
+        leased: list[Arena] = []
         with self._changed:
-            leased: list[Arena] = []
-            for _ in range(self._max_in_flight - self._pool.leased):
-                try:
-                    arena = self._pool.lease(size)
-                except CheckpointError:
-                    if leased:
-                        break  # a second arena does not fit: the queue will wait for the first
-                    raise
-                if arena is None:
-                    break
-                leased.append(arena)
-            for arena in leased:
-                self._pool.give_back(arena)
-                self._snapshotter.pool.submit(arena.reserve)
+            try:
+                for _ in range(self._max_in_flight - self._pool.leased):
+                    arena = self._pool.lease(size, leased)
+                    if arena is None:
+                        break
+                    leased.append(arena)
+            except CheckpointError:
+                if not leased:
+                    raise  # else a second arena does not fit: the queue will wait for the first
+            finally:
+                self._pool.take_back(leased)
+        for arena in leased:
+            self._snapshotter.pool.submit(arena.reserve)
 
     # Failures
 
@@ -385,3 +392,9 @@ class Session:
         self._link.close()
         with self._changed:
             self._pool.close()
+
+
+def _interrupted(error: BaseException) -> CheckpointError:
+    failure = CheckpointError(f"the copy of the snapshot was interrupted by {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

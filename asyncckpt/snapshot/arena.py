@@ -97,14 +97,18 @@ def _refused(size: int, error: OSError) -> CheckpointError:
 
 
 class ArenaPool:
-    """At most `count` arenas and `limit` bytes. Not safe for threads: its owner holds a lock."""
+    """At most `count` arenas and `limit` bytes. Not safe for threads: its owner holds a lock.
+
+    An exception (a signal handler may raise one anywhere) loses no arena: until it is given back, `take_back` finds it
+    by its lessee.
+    """
 
     def __init__(self, count: int, limit: int | None, shared: bool) -> None:
         self.count = count
         self._limit = limit
         self._shared = shared
         self._free: list[Arena] = []
-        self._leased: set[int] = set()
+        self._leased: dict[int, tuple[Arena, object]] = {}
         self._sizes: dict[int, int] = {}
 
     @property
@@ -116,16 +120,16 @@ class ArenaPool:
     def leased(self) -> int:
         return len(self._leased)
 
-    def lease(self, size: int) -> Arena | None:
-        """An arena of at least `size` bytes, or None until one comes back.
+    def lease(self, size: int, lessee: object) -> Arena | None:
+        """An arena of at least `size` bytes for `lessee`, or None until one comes back.
 
         Raises:
             CheckpointError: it would not fit into `limit`, or into what memory is left, even with no other.
         """
         for arena in self._free:
             if arena.size >= size:
+                self._leased[arena.id] = (arena, lessee)
                 self._free.remove(arena)
-                self._leased.add(arena.id)
                 return arena
         for arena in self._free:
             self._discard(arena)
@@ -147,13 +151,19 @@ class ArenaPool:
                 "Save fewer parts, or use a machine with more memory."
             )
         arena = Arena(size, self._shared)
+        self._leased[arena.id] = (arena, lessee)
         self._sizes[arena.id] = arena.size
-        self._leased.add(arena.id)
         return arena
 
     def give_back(self, arena: Arena) -> None:
-        self._leased.discard(arena.id)
-        self._free.append(arena)
+        if arena not in self._free:
+            self._free.append(arena)
+        self._leased.pop(arena.id, None)
+
+    def take_back(self, lessee: object) -> None:
+        """Give back what it has leased, if anything."""
+        for arena in [arena for arena, by in self._leased.values() if by is lessee]:
+            self.give_back(arena)
 
     def close(self) -> None:
         for arena in self._free:
@@ -161,5 +171,5 @@ class ArenaPool:
         self._free.clear()
 
     def _discard(self, arena: Arena) -> None:
-        del self._sizes[arena.id]
+        self._sizes.pop(arena.id, None)
         arena.close()

@@ -150,20 +150,28 @@ class CopyJob:
         return self._over.wait(timeout)
 
     def work(self) -> None:
-        """Take pieces until none is left."""
-        while True:
-            with self._lock:
-                index = self._next
-                if index >= len(self._pieces):
-                    return
-                self._next += 1
+        """Take pieces until none is left. What interrupts this thread ends the job, and is raised when it is over."""
+        interrupt: BaseException | None = None
+        while (index := self._take()) is not None:
             try:
                 if self.error is None:
                     self._arena.reserve()
                     self._pieces[index][1]()
             except BaseException as error:
                 self.error = error
+                if not isinstance(error, Exception):
+                    interrupt = error
             self._complete(index)
+        if interrupt is not None:
+            self.wait()
+            raise interrupt
+
+    def _take(self) -> int | None:
+        with self._lock:
+            if self._next >= len(self._pieces):
+                return None
+            self._next += 1
+            return self._next - 1
 
     def _complete(self, index: int) -> None:
         with self._lock:

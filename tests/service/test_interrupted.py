@@ -11,11 +11,12 @@ from support.processes import PATIENCE
 
 import asyncckpt
 
-WITHIN = {"asyncckpt.session", "asyncckpt.link", "asyncckpt.write.client"}
+WITHIN = {"asyncckpt.checkpointer", "asyncckpt.session", "asyncckpt.link", "asyncckpt.write.client",
+          "asyncckpt.schedule", "asyncckpt.snapshot.arena"}  # fmt: skip
 """Where the sweep strikes. Not in `threading`: a lock whose release is interrupted stays held, by no fault of ours."""
 ENTER_AND_EXIT = {"__enter__", "__exit__"}
 """Of a lock: Python runs no handler between the call and what it does."""
-NOT_AGAIN = {"_copied", "_land"}
+NOT_AGAIN = {"_copied", "_land", "abandon"}
 """What clears up."""
 
 
@@ -24,13 +25,16 @@ class Interrupt(BaseException):
 
 
 class Strike:
-    """Raises at the n-th call, in Python or C, before it or after it, made within `launch` by the modules above."""
+    """Raises at the n-th call, in Python or C, before it or after it, that the modules above make within `save`, from
+    the moment on in which it asks for a place in the queue."""
 
     def __init__(self, at: int) -> None:
         self.left = at
+        self.asked = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Strike:
         sys.setprofile(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
@@ -43,7 +47,8 @@ class Strike:
         while walk is not None:
             names.add(walk.f_code.co_name)
             walk = walk.f_back
-        if "launch" not in names or names & NOT_AGAIN or (event == "call" and frame.f_code.co_name == "launch"):
+        self.asked = self.asked or "admit" in names
+        if not self.asked or "save" not in names or names & NOT_AGAIN:
             return
         self.left -= 1
         if self.left == 0:
@@ -59,11 +64,12 @@ def test_wherever_a_save_is_interrupted_the_next_one_is_made(writer, overlap, tm
         interrupted = 0
         for step in itertools.count(1):
             try:
-                with Strike(step):
+                with Strike(step) as strike:
                     ckpt.save(2 * step, state)
             except Interrupt:
                 interrupted += 1
             else:
+                assert strike.left > 0, "the interrupt was swallowed"
                 break
             ckpt.wait_until_flushed(PATIENCE)
             train_step(state)
