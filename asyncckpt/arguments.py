@@ -7,8 +7,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from asyncckpt.format import names
+from asyncckpt.format.pieces import MAX_CHAIN
 from asyncckpt.policy.auto import Auto
 from asyncckpt.policy.cadence import Cadence
+from asyncckpt.policy.codec import NAMES
 from asyncckpt.policy.keep import Keep
 
 
@@ -87,6 +89,15 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def check_whole(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: give a whole number from 1 on")
+
+
+def check_codec(codec: object, max_chain: object, cores: object) -> None:
+    check_choice("codec", codec, NAMES)
+    check_whole("max_chain", max_chain)
+    if isinstance(max_chain, int) and max_chain > MAX_CHAIN:
+        raise ValueError(f"max_chain={max_chain}: give {MAX_CHAIN} at most")
+    if cores is not None:
+        check_whole("codec_cores", cores)
 
 
 def check_cadence(cadence: object) -> None:

@@ -32,6 +32,8 @@ class Timeline:
     """The manifest was durable too: this is when the save became *committed*."""
     size: int
     """Bytes of all files."""
+    written: int
+    """Of these, bytes of files that are new: others are shared with earlier checkpoints."""
 
 
 class SaveHandle:

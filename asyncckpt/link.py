@@ -8,10 +8,11 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from asyncckpt.errors import StorageError
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep, Policy
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
@@ -52,6 +53,7 @@ class Options:
     lock_timeout: float
     process: bool
     check_finite: bool = False
+    codec: Codec = field(default_factory=Codec)
     direct: bool = True
     posix: Posix | None = None
 
@@ -99,7 +101,8 @@ class Link:
         options = self._options
         keep = options.keep if isinstance(options.keep, Keep) else None
         asks = options.keep is not None and keep is None
-        writer.send(m.Open(options.root, options.lock_timeout, keep, options.direct, asks, options.check_finite))
+        told = options.direct, asks, options.check_finite, options.codec
+        writer.send(m.Open(options.root, options.lock_timeout, keep, *told))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
             if start.ended is not None:

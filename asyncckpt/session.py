@@ -224,10 +224,11 @@ class Session:
                 return
             match reply:
                 case m.Committed():
-                    writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size)
+                    writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size, reply.written)
                     times = Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
                     handle.finish("committed", timeline=times)
                     self.tally.direct_io = reply.direct
+                    self.tally.codec, self.tally.rates = reply.codec, reply.rates
                     self._tell_nonfinite(handle.step, reply.nonfinite)
                 case m.Failed():
                     handle.finish("failed", reply.fault.error())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from asyncckpt.handle import Outcome, SaveHandle
 from asyncckpt.policy.auto import Interval
+from asyncckpt.policy.codec import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,10 @@ class Stats:
     """Memory that snapshots take beside the training."""
     overlap: bool | None
     """The way of copying in use; None while `overlap="auto"` is still trying both."""
+    codec: str | None
+    """How the last committed save is stored: "raw", "zstd" or "delta". None before the first."""
+    rates: Rates | None
+    """What storing takes, as measured; `codec="auto"` goes by it."""
     direct_io: bool | None
     """Whether the last committed save went past the page cache; None before the first."""
     writer: str
@@ -63,6 +68,8 @@ class Tally:
         self.seconds_to_committed: float | None = None
         self.bytes_per_second: float | None = None
         self.direct_io: bool | None = None
+        self.codec: str | None = None
+        self.rates: Rates | None = None
 
     def returned(self, seconds: float) -> None:
         """A call of `save` took `seconds`."""

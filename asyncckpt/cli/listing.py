@@ -92,7 +92,10 @@ def _file_of(run: Catalog, step: int, part: str) -> str:
     from asyncckpt.read.reader import CheckpointReader
 
     with CheckpointReader(run, step) as reader:
-        file = reader.part(part).file
+        stored = reader.part(part)
+    file = stored.file
+    if stored.size and file is None:
+        raise CheckpointNotFoundError(f"step {step}, part {part!r} is coded, and so is no file that others can read")
     if file is None:
         raise CheckpointNotFoundError(f"step {step}, part {part!r} holds no tensors, and so has no file")
     return f"{run.storage.url}/{names.step_name(step)}/{reader.manifest.attempt}/{file}"

@@ -31,8 +31,9 @@ def _part_data(reader: CheckpointReader, name: str, found: dict[str, StoredTenso
     stored = reader.part(name)
     return {
         "file": stored.file,
+        "files": stored.data_files,
         "bytes": stored.size,
-        "chunks": len(stored.chunks),
+        "chunks": len(stored.digests),
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes} for t in found.values()
         ],
@@ -49,10 +50,10 @@ def _lines(reader: CheckpointReader, record: Record, found: dict[str, dict[str, 
     for name, tensors_ in found.items():
         stored = reader.part(name)
         yield ""
-        if stored.file is None:
+        if not stored.size:
             yield f"{name}: no tensors, values only"
             continue
-        yield f"{name}: {len(tensors_)} tensors, {show_size(stored.size)} in {stored.file}"
+        yield f"{name}: {len(tensors_)} tensors, {show_size(stored.size)} in {', '.join(stored.data_files)}"
         rows = [[t.name, t.dtype, _shape(t.shape), show_size(t.nbytes)] for t in tensors_.values()]
         yield from table(["  TENSOR", "DTYPE", "SHAPE", "SIZE"], [[f"  {n}", *rest] for n, *rest in rows], right=[3])
 

@@ -27,15 +27,12 @@ import numpy as np
 from asyncckpt.codec import halves, planes, words
 from asyncckpt.codec.frames import Frames
 from asyncckpt.codec.layout import SHORTEST, Run, whole
-from asyncckpt.codec.stream import Array, Bytes, Full, Scratch, Sink, Source
+from asyncckpt.codec.stream import PAGE, Array, Bytes, Full, Scratch, Sink, Source
 from asyncckpt.errors import CorruptCheckpointError
 
 RAW, ZSTD, DELTA = "raw", "zstd", "delta"
 CODECS = (RAW, ZSTD, DELTA)
 """Names of codecs, as chunk tables hold them."""
-
-PAGE = 4096
-"""Stored chunks are padded to a multiple of this, so that the next one can be written with O_DIRECT."""
 
 UNIT = 1 << 21
 """Most bytes of a unit: memory for decoding is bounded by this, whatever a stream declares."""

@@ -17,6 +17,10 @@ ALIGN = 64
 """Raw planes start at multiples of this, counted from the start of the stream, so that they are read where they lie."""
 
 
+PAGE = 4096
+"""Stored chunks are padded to a multiple of this, so that the next one can be written with O_DIRECT."""
+
+
 class Full(Exception):
     """The stream would be longer than what it stands for."""
 
@@ -91,7 +95,10 @@ class Source:
 
 
 class Scratch:
-    """Memory that is touched once and used again: arrays by name, which grow to the largest size asked for."""
+    """Memory that is touched once and used again: arrays by name, which grow to the largest size asked for.
+
+    They start at a page, so that what is in them can be written with O_DIRECT.
+    """
 
     def __init__(self) -> None:
         self._held: dict[str, Bytes] = {}
@@ -101,5 +108,7 @@ class Scratch:
         size = count * np.dtype(dtype).itemsize
         held = self._held.get(name)
         if held is None or len(held) < size:
-            held = self._held[name] = np.zeros(size, np.uint8)
+            room = np.zeros(size + PAGE, np.uint8)
+            start = -room.ctypes.data % PAGE
+            held = self._held[name] = room[start : start + size]
         return held[:size].view(dtype)

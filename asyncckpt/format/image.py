@@ -48,12 +48,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A tensor to be stored. `align` is its item size as its owner sees it (a complex128 stored as U8 has 16)."""
+    """A tensor to be stored. `align` is its item size as its owner sees it (a complex128 stored as U8 has 16).
+
+    `still` ones are likely not to change: they lie together, so that chunks are found that do not.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     align: int
+    still: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -77,7 +81,7 @@ def layout(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> 
     Raises:
         ValueError: more names than a safetensors header can hold (100 MB).
     """
-    order = sorted(range(len(specs)), key=lambda i: (specs[i].nbytes % 64 != 0, -specs[i].align, i))
+    order = sorted(range(len(specs)), key=lambda i: _order(specs[i]))
     starts = [0] * len(specs)
     position = 0
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
@@ -100,6 +104,10 @@ def layout(specs: Sequence[Spec], metadata: Mapping[str, str] | None = None) -> 
         for spec, start in zip(specs, starts, strict=True)
     )
     return Image(header, entries, len(header) + position)
+
+
+def _order(spec: Spec) -> tuple[bool, int, bool]:
+    return spec.nbytes % 64 != 0, -spec.align, not spec.still
 
 
 class _Header(msgspec.Struct):

@@ -5,14 +5,15 @@ manifest -> size and digest of each file -> prepare record (`state.json`) -> chu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
-import xxhash
 
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.format import names
+from asyncckpt.format import names, pieces
+from asyncckpt.format.digests import digest as digest
+from asyncckpt.format.digests import digest_of_chunks as digest_of_chunks
+from asyncckpt.format.pieces import Piece, Shared
 from asyncckpt.format.seal import VERSION, seal, unseal
 
 CHUNK_SIZE = 8 << 20
@@ -20,16 +21,6 @@ CHUNK_SIZE = 8 << 20
 
 MAX_MANIFEST = 64 << 20
 MAX_RECORD = 4 << 30
-
-
-def digest(data: Any) -> str:
-    """xxh3_128 of a buffer, 32 hex digits. Releases the GIL on large buffers."""
-    return str(xxhash.xxh3_128_hexdigest(data))
-
-
-def digest_of_chunks(digests: Iterable[str]) -> str:
-    """The digest of a file: that of its chunks' digests, in order, as one ASCII text."""
-    return digest("".join(digests).encode())
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -88,9 +79,10 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartRecord(msgspec.Struct, frozen=True):
-    """One part: its leaf tree, and where its image lies (no file where the part holds no tensor).
+    """One part: its leaf tree, and where its image lies (nowhere where the part holds no tensor).
 
-    `nonfinite` names the tensors with NaN or inf, null where nobody looked.
+    Either `file` is the image, in `chunks`; or it lies coded in `files`, each chunk in the pieces of one item of
+    `coded` (see `pieces`). `nonfinite` names the tensors with NaN or inf, null where nobody looked.
     """
 
     tree: msgspec.Raw
@@ -99,6 +91,30 @@ class PartRecord(msgspec.Struct, frozen=True):
     chunk_size: int = CHUNK_SIZE
     chunks: list[Chunk] = []
     nonfinite: list[str] | None = None
+    files: list[Shared] = []
+    coded: list[list[Piece]] = []
+
+    @property
+    def lengths(self) -> list[int]:
+        """Decoded bytes of each chunk."""
+        return [min(self.chunk_size, self.size - start) for start in range(0, self.size, self.chunk_size)]
+
+    @property
+    def data_files(self) -> list[str]:
+        """Names of the files that hold it."""
+        return [file.name for file in self.files] if self.file is None else [self.file]
+
+    @property
+    def digests(self) -> list[str]:
+        """Of each decoded chunk."""
+        return [pieces[-1].digest for pieces in self.coded] or [chunk.digest for chunk in self.chunks]
+
+    def pieces(self, index: int) -> Sequence[Piece]:
+        """Where chunk `index` lies, in `data_files`."""
+        if self.coded:
+            return self.coded[index]
+        chunk = self.chunks[index]
+        return (Piece(chunk.codec, chunk.stored, chunk.digest, 0, index * self.chunk_size),)
 
 
 class PrepareRecord(msgspec.Struct, frozen=True):
@@ -189,7 +205,7 @@ def decode_record(data: bytes, manifest: Manifest) -> PrepareRecord:
     record = unseal(data, PrepareRecord, what)
     if (record.step, record.attempt) != (step, manifest.attempt) or sorted(record.parts) != sorted(manifest.parts):
         raise CorruptCheckpointError(f"{what}: it belongs to another attempt than the manifest names", step=step)
-    files = {part.file for part in record.parts.values() if part.file is not None}
+    files = {file for part in record.parts.values() for file in part.data_files}
     if files != manifest.files.keys() - {names.RECORD}:
         raise CorruptCheckpointError(f"{what}: its files are not those of the manifest", step=step)
     for name, part in record.parts.items():
@@ -202,9 +218,12 @@ def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
         return CorruptCheckpointError(f"step {manifest.step}, part {name!r}: {why}", step=manifest.step, part=name)
 
     if part.file is None:
-        if part.size or part.chunks:
+        if part.chunks or (part.size and not part.files):
             raise corrupt("it has chunks and no file")
+        _check_coded(name, part, manifest, corrupt)
         return
+    if part.files or part.coded:
+        raise corrupt("it is stored in two ways")
     if part.file != names.image_file(name):
         raise corrupt(f"its file bears the name {part.file!r}")
     if part.size <= 0 or not 4096 <= part.chunk_size <= 1 << 30:
@@ -220,6 +239,23 @@ def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
     if known.size != sum(c.stored for c in part.chunks) or known.digest != digest_of_chunks(
         c.digest for c in part.chunks
     ):
+        raise corrupt("its chunk table is not the one that was committed")
+
+
+def _check_coded(
+    name: str, part: PartRecord, manifest: Manifest, corrupt: Callable[[str], CorruptCheckpointError]
+) -> None:
+    if part.size < 0 or not 4096 <= part.chunk_size <= pieces.MAX_CHUNK:
+        raise corrupt("its sizes are out of bounds")
+    if part.size > part.chunk_size * len(part.coded):  # before anything is made of that size
+        raise corrupt("its chunk table does not cover its image")
+    sizes = {file.name: manifest.files[file.name].size for file in part.files}
+    try:
+        pieces.check(name, part.lengths, part.files, part.coded)
+        digests = pieces.digests_of_files(part.files, part.coded, sizes)
+    except pieces.Impossible as error:
+        raise corrupt(str(error)) from error
+    if any(manifest.files[name].digest != found for name, found in digests.items()):
         raise corrupt("its chunk table is not the one that was committed")
 
 

@@ -10,6 +10,8 @@ NOTES = "notes.json"
 REWINDS = "rewinds.json"
 LOCK = ".asyncckpt.lock"
 SUFFIX = ".safetensors"
+CODED, STILL = ".coded", ".still"
+"""Suffixes of files whose bytes are not an image: chunks of one, coded; those that have not changed lie apart."""
 
 _STEP = re.compile(r"step-(\d{8,19})")
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
@@ -61,9 +63,23 @@ def image_file(part: str) -> str:
     return part + SUFFIX
 
 
+def coded_file(part: str, attempt: str, suffix: str) -> str:
+    """A file of coded chunks, first written by `attempt`: it keeps its name where later checkpoints share it."""
+    return f"{part}.{attempt}{suffix}"
+
+
+def part_of_coded(name: str) -> str | None:
+    """The part whose coded chunks the file `name` holds; None where it is no such file."""
+    part, attempt, suffix = (*name.split("."), "", "")[:3]
+    fits = is_part(part) and is_attempt(attempt) and f".{suffix}" in (CODED, STILL)
+    return part if fits and name.count(".") == 2 else None
+
+
 def is_data_file(name: str) -> bool:
     """Whether `name` is a file that an attempt may hold."""
-    return name == RECORD or (name.endswith(SUFFIX) and is_part(name.removesuffix(SUFFIX)))
+    if name == RECORD or part_of_coded(name) is not None:
+        return True
+    return name.endswith(SUFFIX) and is_part(name.removesuffix(SUFFIX))
 
 
 def temporary(name: str) -> str:

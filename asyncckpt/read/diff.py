@@ -91,10 +91,7 @@ def _type(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
 
 def _same_image(one: PartRecord, two: PartRecord) -> bool:
     """By digests alone; False where they can't tell."""
-    if one.file is None or two.file is None:
-        return one.file is two.file
-    digests = [[chunk.digest for chunk in record.chunks] for record in (one, two)]
-    return (one.size, one.chunk_size) == (two.size, two.chunk_size) and digests[0] == digests[1]
+    return (one.size, one.chunk_size, one.digests) == (two.size, two.chunk_size, two.digests)
 
 
 def _changed(before: CheckpointReader, after: CheckpointReader, part: str, keys: list[str]) -> Iterator[str]:
@@ -113,6 +110,7 @@ class _Image:
 
     def __init__(self, record: PartRecord, read: Callable[[int], memoryview]) -> None:
         self.record, self._read = record, read
+        self.digests = record.digests
         self._index, self._chunk = -1, memoryview(b"")
 
     @classmethod
@@ -151,7 +149,7 @@ def _same_chunk(one: _Image, at: int, two: _Image, to: int) -> bool:
     """Whether digests tell that the bytes at both places are the same."""
     (i, x), (j, y) = one.at(at), two.at(to)
     sizes = one.record.chunk_size, two.record.chunk_size
-    return x == y and sizes[0] == sizes[1] and one.record.chunks[i].digest == two.record.chunks[j].digest
+    return x == y and sizes[0] == sizes[1] and one.digests[i] == two.digests[j]
 
 
 def _values_of(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Self
 
 import msgspec
-import xxhash
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.format import names
 from asyncckpt.format.image import MAX_HEADER, Entry, header_size, parse_header
 from asyncckpt.format.manifest import Manifest, PartRecord, PrepareRecord, decode_record
+from asyncckpt.read.pieces import Bench, PieceReader
 from asyncckpt.storage.base import ReadableFile
 
 if TYPE_CHECKING:  # it would load numpy, which is a third of the time that a command line takes
@@ -91,17 +94,17 @@ class CheckpointReader:
             CorruptCheckpointError: a chunk is missing, short, or not what was committed.
         """
         record = self.part(part)
-        if record.file is None:
+        if not record.size:
             for key in keys or ():
                 raise self._no_tensor(part, key)
             return PartImage(memoryview(b""), {})
-        with self._open(part, record) as file, ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
+        with self._open(part, record) as chunks, ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
             buffer = _allocate(record.size)
             fetched: set[int] = set()
 
             def fetch(start: int, end: int) -> None:
                 wanted = set(range(start // record.chunk_size, -(-end // record.chunk_size))) - fetched
-                for _ in pool.map(lambda i: self._read_chunk(part, record, file, i, buffer), sorted(wanted)):
+                for _ in pool.map(lambda i: chunks.read_into(i, _slice(record, i, buffer)), sorted(wanted)):
                     pass
                 fetched.update(wanted)
 
@@ -122,16 +125,16 @@ class CheckpointReader:
             CorruptCheckpointError: one of these chunks is not what was committed, or the header makes no sense.
         """
         record = self.part(part)
-        if record.file is None:
+        if not record.size:
             return {}
         room = -(-(8 + MAX_HEADER) // record.chunk_size) * record.chunk_size
-        with self._open(part, record) as file:
+        with self._open(part, record) as chunks:
             buffer = _allocate(min(record.size, room))
             fetched: set[int] = set()
 
             def fetch(start: int, end: int) -> None:
                 for index in sorted(set(range(start // record.chunk_size, -(-end // record.chunk_size))) - fetched):
-                    self._read_chunk(part, record, file, index, buffer)
+                    chunks.read_into(index, _slice(record, index, buffer))
                     fetched.add(index)
 
             return self._entries(part, record, buffer, fetch)
@@ -145,13 +148,13 @@ class CheckpointReader:
             CorruptCheckpointError, from that function: the chunk is missing, short, or not what was committed.
         """
         record = self.part(part)
-        if record.file is None:
+        if not record.size:
             raise CheckpointNotFoundError(f"step {self.step}, part {part!r} holds no tensors")
-        with self._open(part, record) as file:
+        with self._open(part, record) as chunks:
 
             def read(index: int) -> memoryview:
                 chunk = _allocate(min(record.chunk_size, record.size - index * record.chunk_size))
-                self._check_chunk(part, record, file, index, chunk)
+                chunks.read_into(index, chunk)
                 return chunk
 
             yield read
@@ -159,26 +162,26 @@ class CheckpointReader:
     def verify(self, on_bytes: Callable[[int], None] | None = None) -> None:
         """Read every byte from the storage, not from the memory of the system, and check it; in bounded memory.
 
-        `on_bytes` is called with the bytes of each chunk that was checked, from several threads.
+        `on_bytes` is called with the bytes of each chunk that was checked, as they are stored, from several threads.
 
         Raises:
             CorruptCheckpointError: where a byte is not what was committed.
         """
         for name, record in self._record.parts.items():
             self.tree(name)
-            if record.file is None:
+            if not record.size:
                 continue
             with (
-                self._open(name, record, cached=False) as file,
+                self._open(name, record, cached=False) as chunks,
                 ThreadPoolExecutor(THREADS, "asyncckpt-verify") as pool,
             ):
 
-                def check(index: int, name: str = name, record: PartRecord = record, file: ReadableFile = file) -> None:
-                    self._check_chunk(name, record, file, index, _allocate(record.chunks[index].stored))
+                def check(index: int, length: int, record: PartRecord = record, chunks: _Chunks = chunks) -> None:
+                    chunks.read_into(index, _allocate(length))
                     if on_bytes is not None:
-                        on_bytes(record.chunks[index].stored)
+                        on_bytes(sum(piece.stored for piece in record.pieces(index)))
 
-                for _ in pool.map(check, range(len(record.chunks))):
+                for _ in pool.map(check, count(), record.lengths):
                     pass
 
     def _read_record(self) -> PrepareRecord:
@@ -192,17 +195,22 @@ class CheckpointReader:
         return decode_record(data, self.manifest)
 
     @contextmanager
-    def _open(self, part: str, record: PartRecord, *, cached: bool = True) -> Iterator[ReadableFile]:
+    def _open(self, part: str, record: PartRecord, *, cached: bool = True) -> Iterator[_Chunks]:
+        """The chunks of `part`, whose files are as long as they were when committed."""
+        with ExitStack() as stack:
+            files = [self._open_file(part, name, cached, stack) for name in record.data_files]
+            yield _Chunks(PieceReader(record, files), partial(self._corrupt, part))
+
+    def _open_file(self, part: str, name: str, cached: bool, stack: ExitStack) -> ReadableFile:
         try:
-            file = self._storage.open(f"{self._folder}/{record.file}", cached=cached)
+            file = self._storage.open(f"{self._folder}/{name}", cached=cached)
         except FileNotFoundError:
-            raise self._corrupt(part, f"{record.file} is missing from {self._storage.url}/{self._folder}") from None
-        try:
-            if file.size != sum(chunk.stored for chunk in record.chunks):
-                raise self._corrupt(part, f"{record.file} has {file.size} bytes, not the {record.size} committed")
-            yield file
-        finally:
-            file.close()
+            raise self._corrupt(part, f"{name} is missing from {self._storage.url}/{self._folder}") from None
+        stack.callback(file.close)
+        committed = self.manifest.files[name].size
+        if file.size != committed:
+            raise self._corrupt(part, f"{name} has {file.size} bytes, not the {committed} committed")
+        return file
 
     def _entries(
         self, part: str, record: PartRecord, buffer: memoryview, fetch: Callable[[int, int], None]
@@ -217,18 +225,6 @@ class CheckpointReader:
                 raise
             raise self._corrupt(part, str(error), tensor=error.tensor) from error
 
-    def _read_chunk(self, part: str, record: PartRecord, file: ReadableFile, index: int, buffer: memoryview) -> None:
-        start = index * record.chunk_size
-        self._check_chunk(part, record, file, index, buffer[start : start + record.chunk_size])
-
-    def _check_chunk(self, part: str, record: PartRecord, file: ReadableFile, index: int, target: memoryview) -> None:
-        chunk = record.chunks[index]
-        done = file.read_into(index * record.chunk_size, target)
-        if done != len(target):
-            raise self._corrupt(part, f"{record.file} ends inside chunk {index}", chunk=index)
-        if xxhash.xxh3_128_hexdigest(target) != chunk.digest:
-            raise self._corrupt(part, f"chunk {index} of {record.file} is not what was committed", chunk=index)
-
     def _no_tensor(self, part: str, key: str) -> CheckpointNotFoundError:
         return CheckpointNotFoundError(f"step {self.step}, part {part!r} has no tensor {key!r}")
 
@@ -237,6 +233,27 @@ class CheckpointReader:
     ) -> CorruptCheckpointError:
         message = f"step {self.step}, part {part!r}: {why}"
         return CorruptCheckpointError(message, step=self.step, part=part, tensor=tensor, chunk=chunk)
+
+
+class _Chunks:
+    """Chunks of one part, for some threads at once; what is wrong with one is told as `corrupt` puts it."""
+
+    def __init__(self, pieces: PieceReader, corrupt: Callable[..., CorruptCheckpointError]) -> None:
+        self._pieces, self._corrupt = pieces, corrupt
+        self._benches = threading.local()
+
+    def read_into(self, index: int, target: memoryview) -> None:
+        """Fill `target`, which is as long as chunk `index`, and verify it."""
+        bench = self._benches.__dict__.setdefault("bench", Bench())
+        try:
+            self._pieces.read_into(index, target, bench)
+        except CorruptCheckpointError as error:
+            raise self._corrupt(str(error), chunk=index) from error
+
+
+def _slice(record: PartRecord, index: int, image: memoryview) -> memoryview:
+    """Chunk `index` of an image."""
+    return image[index * record.chunk_size : (index + 1) * record.chunk_size]
 
 
 def _allocate(size: int) -> memoryview:

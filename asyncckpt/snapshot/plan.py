@@ -178,7 +178,7 @@ class _Builder:
         shape = tuple(t.shape) if code else (t.numel() * width,)
         contiguous = t.is_contiguous()
         self._append(
-            Spec(name, code or "U8", shape, math.gcd(_ALIGN, shape[0]) if array_leaf else width),
+            Spec(name, code or "U8", shape, math.gcd(_ALIGN, shape[0]) if array_leaf else width, _is_frozen(same)),
             Source(t.detach(), [leaf.tensor for leaf in same], contiguous, cast),
             first,
         )
@@ -227,6 +227,11 @@ class _Builder:
             name, n = f"{base}#{n}", n + 1
         self._names.add(name)
         return name
+
+
+def _is_frozen(leaves: list[Leaf]) -> bool:
+    """Whether it is a parameter that no optimizer is meant to change. A hint for the layout, nothing more."""
+    return all(isinstance(leaf.tensor, torch.nn.Parameter) and not leaf.tensor.requires_grad for leaf in leaves)
 
 
 def _covers(tensor: torch.Tensor, group: _Group) -> bool:

@@ -16,8 +16,8 @@ class WritableFile(Protocol):
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write `data` at `offset`, a multiple of 4096 bytes. Called from several threads at once."""
 
-    def finish(self) -> None:
-        """Return only when the bytes are durable."""
+    def finish(self, size: int | None = None) -> None:
+        """Return only when the bytes are durable: as many as `create` was told, or `size`."""
 
     def abort(self) -> None:
         """Give the file up; never raises."""
@@ -64,6 +64,12 @@ class Storage(Protocol):
 
     def create(self, key: str, size: int) -> WritableFile:
         """A new file of `size` bytes."""
+
+    def share(self, source: str, key: str) -> None:
+        """Let `key` appear with the bytes of `source`, which stay though `source` is deleted; durable by `settle`.
+
+        `FileNotFoundError` where there is no `source`, `FileExistsError` where there is a `key`.
+        """
 
     def put(self, key: str, data: bytes) -> None:
         """A new small file, durable on return."""

@@ -90,10 +90,10 @@ class LocalWritable:
             fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~O_DIRECT)
             self.direct = False
 
-    def finish(self) -> None:
+    def finish(self, size: int | None = None) -> None:
         try:
             with named("make durable", self._path):
-                self._posix.truncate(self._fd, self._size)
+                self._posix.truncate(self._fd, self._size if size is None else size)
                 self._posix.fsync(self._fd)
                 if not self.direct and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

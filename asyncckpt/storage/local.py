@@ -168,6 +168,13 @@ class LocalStorage:
             raise
         return file
 
+    def share(self, source: str, key: str) -> None:
+        path = self.path(key)
+        with named("link", path):
+            self._refuse_links(source)
+            self._refuse_links(key)
+            self.posix.link(self.path(source), path)
+
     def _refused(self, path: str) -> None:
         """Some file systems create the name before they refuse O_DIRECT."""
         try:

@@ -15,6 +15,7 @@ import msgspec
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
@@ -63,6 +64,7 @@ class ServiceDriver:
         *,
         keep: Keep | None = None,
         direct: bool = True,
+        codec: Codec = Codec(),  # noqa: B008
         note: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self._note = note
@@ -73,7 +75,7 @@ class ServiceDriver:
         self._dead: str | None = None
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
-        self._writer.send(m.Open(root, 5.0, keep, direct))
+        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec))
         opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
         if isinstance(opened, m.Refused):
             self._writer.join(PATIENCE)

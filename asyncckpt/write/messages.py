@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from asyncckpt import errors
+from asyncckpt.policy.codec import Codec, Rates
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.records import Record
 
@@ -50,7 +51,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused.
 
     `keep` decides what goes after a commit, or, if the service `asks`, the trainer does. With `check_finite` it looks
-    for NaN and inf in what it writes.
+    for NaN and inf in what it writes. `codec` says how images are stored: see `policy.codec`.
     """
 
     root: str
@@ -59,6 +60,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     direct: bool = True
     asks: bool = False
     check_finite: bool = False
+    codec: Codec = Codec()
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):
@@ -172,6 +174,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 class Committed(msgspec.Struct, tag=True, frozen=True):
     """Durable and published. Times are `time.time()`; `size` counts the bytes of all files.
 
+    `written` counts those of files that are new; `codec` is how, and `rates` what that takes.
     `nonfinite` says, for a person, which tensors hold NaN or inf.
     """
 
@@ -181,6 +184,9 @@ class Committed(msgspec.Struct, tag=True, frozen=True):
     write_end: float
     commit_end: float
     direct: bool
+    written: int
+    codec: str
+    rates: Rates
     nonfinite: str = ""
 
 

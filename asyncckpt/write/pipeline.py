@@ -1,15 +1,15 @@
 """One save, from arena to durable files.
 
-Chunk by chunk, as far as the snapshot has grown: one hop on a worker thread hashes a chunk and writes it, straight
-from the arena. A file is made durable when its last chunk is written; the prepare record follows when the snapshot
-is sealed. Publishing is the service's.
+Chunk by chunk, as far as the snapshot has grown: one hop on a worker thread hashes a chunk, codes it where it is to be
+coded, and writes it, straight from the arena where it is not. A file is made durable when its last chunk is written;
+the prepare record follows when the snapshot is sealed. Publishing is the service's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,16 @@ import msgspec
 
 from asyncckpt.errors import CheckpointError
 from asyncckpt.format import names
-from asyncckpt.format.image import header_size, parse_header
-from asyncckpt.format.manifest import (
-    CHUNK_SIZE,
-    Chunk,
-    FileRecord,
-    PartRecord,
-    PrepareRecord,
-    digest,
-    digest_of_chunks,
-    encode,
-)
-from asyncckpt.storage.base import Storage, WritableFile
+from asyncckpt.format.image import Entry, header_size, parse_header
+from asyncckpt.format.manifest import CHUNK_SIZE, FileRecord, PartRecord, PrepareRecord, digest, encode
+from asyncckpt.policy.codec import Name
+from asyncckpt.storage.base import Storage
 from asyncckpt.write.messages import Begin, Seal, Span
+from asyncckpt.write.meter import Meter
+from asyncckpt.write.parts import Base, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
 from asyncckpt.write.workers import Workers
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy is loaded only where it is wanted
     from asyncckpt.write.finite import FiniteScan
 
 log = logging.getLogger("asyncckpt")
@@ -80,6 +74,9 @@ class Prepared:
     attempt: str
     files: dict[str, FileRecord]
     direct: bool
+    written: int
+    """Bytes of files that are new, and not shared with an earlier checkpoint."""
+    parts: dict[str, WrittenPart]
     nonfinite: dict[str, list[str]] | None
     """By part, the tensors that hold NaN or inf; None where nobody looked."""
 
@@ -101,68 +98,82 @@ class Attempt:
         workers: Workers,
         progress: Callable[[Save], None],
         check_finite: bool = False,
+        codec: Name = "raw",
+        coding: Coding | None = None,
+        bases: Mapping[str, Base] | None = None,
     ) -> None:
+        """`bases` are parts as they were committed last. With `codec` "raw" and `coding`, that is only tried."""
         self._save, self._attempt = save, attempt
         self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
         self._storage, self._workers, self._progress = storage, workers, progress
+        self._codec, self._coding, self._bases = codec, coding, bases or {}
+        self.meter = Meter()
         self.folder = f"{names.step_name(save.begin.step)}/{attempt}"
         self._slots = asyncio.Semaphore(workers.count)
-        self._direct = False
 
     async def prepare(self) -> Prepared:
         """Write everything but the manifest.
 
         Raises:
             DroppedSave: the trainer took the save back.
+            BaseGone: files of `bases` are not there any more.
             StorageError: the storage failed.
         """
-        parts: dict[str, asyncio.Task[list[Chunk]]] = {}
+        tasks: dict[str, asyncio.Task[WrittenPart]] = {}
         async with asyncio.TaskGroup() as group:
             for span in self._save.begin.spans:
                 if span.size:
-                    parts[span.part] = group.create_task(self._write_part(span))
-        tables = {part: task.result() for part, task in parts.items()}
+                    tasks[span.part] = group.create_task(self._write_part(span))
+        parts = {part: task.result() for part, task in tasks.items()}
         await self._save.until(lambda: self._save.seal is not None)
-        record = self._record(tables)
+        record = self._record(parts)
         await self._workers.run(self._storage.put, f"{self.folder}/{names.RECORD}", record)
         await self._workers.run(self._storage.settle, self.folder)
         files = {names.RECORD: FileRecord(len(record), digest(record))}
-        for span in self._save.begin.spans:
-            if span.size:
-                chunks = tables[span.part]
-                files[names.image_file(span.part)] = FileRecord(span.size, digest_of_chunks(c.digest for c in chunks))
-        return Prepared(self._attempt, files, self._direct, self._nonfinite())
+        for part in parts.values():
+            files |= part.files
+        written = len(record) + sum(part.written for part in parts.values())
+        direct = any(part.direct for part in parts.values())
+        return Prepared(self._attempt, files, direct, written, parts, self._nonfinite())
 
-    async def _write_part(self, span: Span) -> list[Chunk]:
-        key = f"{self.folder}/{names.image_file(span.part)}"
-        file = await self._workers.run(self._storage.create, key, span.size)
+    async def _write_part(self, span: Span) -> WrittenPart:
+        writer = await self._writer(span)
         try:
             scan = None if self._scans is None else await self._scan(span)
             async with asyncio.TaskGroup() as group:
-                chunks = []
-                for start in range(0, span.size, CHUNK_SIZE):
+                for index, start in enumerate(range(0, span.size, CHUNK_SIZE)):
                     end = min(start + CHUNK_SIZE, span.size)
-                    await self._save.until(lambda end=end: self._save.staged >= span.offset + end)  # type: ignore[misc]
+                    await self._staged(span, end)
                     await self._slots.acquire()
-                    chunks.append(group.create_task(self._write_chunk(file, span, start, end, scan)))
-            self._direct = self._direct or getattr(file, "direct", False)
-            await self._workers.run(file.finish)
+                    group.create_task(self._write_chunk(writer, index, span, start, end, scan))
+            return await self._workers.run(writer.finish)
         except BaseException:
-            file.abort()
+            writer.abort()
             raise
-        return [chunk.result() for chunk in chunks]
+
+    async def _writer(self, span: Span) -> PartWriter:
+        place = Place(self._storage, self.folder, self._attempt, span.part, span.size, CHUNK_SIZE, self.meter)
+        if self._coding is None:
+            return await self._workers.run(RawPart, place)
+        entries = await self._entries(span)
+        if self._codec == "raw":
+            return await self._workers.run(RawPart, place, Trial(place, self._coding, entries))
+        return await self._workers.run(CodedPart, place, self._coding, entries, self._bases.get(span.part))
+
+    async def _entries(self, span: Span) -> dict[str, Entry]:
+        """What the image holds, once its header is staged."""
+        image = self._save.memory[span.offset : span.offset + span.size]
+        await self._staged(span, min(8, span.size))
+        end = header_size(bytes(image[:8]), span.size)
+        await self._staged(span, end)
+        return await self._workers.run(lambda: parse_header(bytes(image[:end]), span.size))
 
     async def _scan(self, span: Span) -> FiniteScan:
-        """What looks for NaN and inf in the part, made once its header is staged."""
-        from asyncckpt.write.finite import FiniteScan  # numpy is loaded only where it is wanted
+        """What looks for NaN and inf in the part."""
+        from asyncckpt.write.finite import FiniteScan
 
-        image = self._save.memory[span.offset : span.offset + span.size]
-        await self._save.until(lambda: self._save.staged >= span.offset + 8)
-        end = header_size(bytes(image[:8]), span.size)
-        await self._save.until(lambda: self._save.staged >= span.offset + end)
-        scan = await self._workers.run(lambda: FiniteScan(parse_header(bytes(image[:end]), span.size)))
         assert self._scans is not None
-        self._scans[span.part] = scan
+        scan = self._scans[span.part] = FiniteScan(await self._entries(span))
         return scan
 
     def _nonfinite(self) -> dict[str, list[str]] | None:
@@ -170,19 +181,22 @@ class Attempt:
             return None
         return {span.part: self._scans[span.part].found if span.size else [] for span in self._save.begin.spans}
 
+    async def _staged(self, span: Span, end: int) -> None:
+        """Wait until the first `end` bytes of `span` are what they will stay."""
+        await self._save.until(lambda: self._save.staged >= span.offset + end)
+
     async def _write_chunk(
-        self, file: WritableFile, span: Span, start: int, end: int, scan: FiniteScan | None
-    ) -> Chunk:
+        self, writer: PartWriter, index: int, span: Span, start: int, end: int, scan: FiniteScan | None
+    ) -> None:
         try:
             data = self._save.memory[span.offset + start : span.offset + end]
-            chunk = await self._workers.run(_hop, file, start, data, scan)
+            await self._workers.run(_hop, writer, index, start, data, scan)
         finally:
             self._slots.release()
         self._save.written += end - start
         self._progress(self._save)
-        return chunk
 
-    def _record(self, tables: dict[str, list[Chunk]]) -> bytes:
+    def _record(self, written: Mapping[str, WrittenPart]) -> bytes:
         begin, seal = self._save.begin, self._save.seal
         assert seal is not None
         trees = msgspec.json.decode(
@@ -190,12 +204,9 @@ class Attempt:
         )
         nonfinite = self._nonfinite()
         parts = {
-            span.part: PartRecord(
+            span.part: msgspec.structs.replace(
+                written[span.part].record if span.part in written else PartRecord(trees[span.part]),
                 tree=trees[span.part],
-                file=names.image_file(span.part) if span.size else None,
-                size=span.size,
-                chunk_size=CHUNK_SIZE,
-                chunks=tables.get(span.part, []),
                 nonfinite=None if nonfinite is None else nonfinite[span.part],
             )
             for span in begin.spans
@@ -203,9 +214,7 @@ class Attempt:
         return encode(PrepareRecord(step=begin.step, attempt=self._attempt, rank=0, parts=parts))
 
 
-def _hop(file: WritableFile, offset: int, data: memoryview, scan: FiniteScan | None) -> Chunk:
-    chunk = Chunk("raw", len(data), digest(data))
+def _hop(writer: PartWriter, index: int, start: int, data: memoryview, scan: FiniteScan | None) -> None:
+    writer.write(index, data)
     if scan is not None:
-        scan.look(offset, data)
-    file.write_at(offset, data)
-    return chunk
+        scan.look(start, data)

@@ -23,12 +23,14 @@ from asyncckpt.catalog.ownership import RunLock
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, encode
+from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
+from asyncckpt.write.parts import Base, BaseGone, Coding
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
 from asyncckpt.write.retention import Retention
-from asyncckpt.write.workers import Workers
+from asyncckpt.write.workers import Workers, available_cores
 
 log = logging.getLogger("asyncckpt")
 _PROGRESS_STEP = 64 << 20
@@ -51,6 +53,10 @@ class Service:
         self._reported: dict[int, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._custody_lock = asyncio.Lock()
+        self._bases: dict[str, Base] = {}
+        """By part, what was committed last."""
+        self._using: Name = "raw"
+        self._rates = Rates()
         self._give_up = threading.Event()
         self._retention: Retention | None = None
         self._opened = False
@@ -178,6 +184,8 @@ class Service:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
             self._storage, self._check_finite = storage, open_.check_finite
+            self._codec, self._coding = open_.codec, self._coding_of(open_.codec)
+            self._using = "raw" if open_.codec.name == "auto" else open_.codec.name
             self._retention = Retention(self._custody_of, open_.asks, self._workers, self._reply)
             if self._give_up.is_set():
                 self._retention.give_up()
@@ -195,6 +203,12 @@ class Service:
                 await asyncio.wait(others)
         finally:
             lock.release()
+
+    def _coding_of(self, codec: Codec) -> Coding | None:
+        if codec.name == "raw":
+            return None
+        cores = codec.cores or available_cores()
+        return Coding.of(self._workers.count, cores, codec.max_chain if codec.name == "delta" else 0)
 
     def _own(self, storage: LocalStorage, timeout: float) -> RunLock:
         storage.make_root()
@@ -219,11 +233,12 @@ class Service:
         try:
             try:
                 committed = await self._attempt(save)
-            except StorageError as error:
-                if error.errno != EIO:
+            except (StorageError, BaseGone) as error:
+                if isinstance(error, StorageError) and error.errno != EIO:
                     raise
                 log.warning("step %d: %s; writing it once more under new names", step, error)
                 save.written = 0
+                self._bases.clear()
                 committed = await self._attempt(save)
         except DroppedSave:
             self._end(save, m.Dropped(save.begin.save))
@@ -240,7 +255,17 @@ class Service:
 
     async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
         begun = time.time()
-        attempt = Attempt(save, names.new_attempt(), self._storage, self._workers, self._progress, self._check_finite)
+        attempt = Attempt(
+            save,
+            names.new_attempt(),
+            self._storage,
+            self._workers,
+            self._progress,
+            self._check_finite,
+            self._using,
+            self._coding,
+            self._bases,
+        )
         async with self._custody_of() as custody:
             await self._workers.run(self._storage.begin, attempt.folder)
             custody.active.add(attempt.folder)
@@ -258,8 +283,21 @@ class Service:
             await self._guarded("clearing a failed attempt", self._workers.run(custody.sweep_step, save.begin.step))
             raise
         custody.active.discard(attempt.folder)
+        self._bases |= {part: Base(attempt.folder, w.record, w.files) for part, w in prepared.parts.items()}
         times = begun, written, time.time()
-        reply = m.Committed(save.begin.save, manifest.size, *times, prepared.direct, _listing(prepared.nonfinite))
+        self._rates = self._rates.then(attempt.meter.rates)
+        reply = m.Committed(
+            save.begin.save,
+            manifest.size,
+            *times,
+            direct=prepared.direct,
+            written=prepared.written,
+            codec=self._using,
+            rates=self._rates,
+            nonfinite=_listing(prepared.nonfinite),
+        )
+        if self._codec.name == "auto":
+            self._using = choose(self._using, self._rates, self._codec.cores or available_cores())
         return manifest, replaced, reply
 
     def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:

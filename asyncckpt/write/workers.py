@@ -84,3 +84,10 @@ class Workers:
         self._normal.shutdown()
         if self._niced is not self._normal:
             self._niced.shutdown()
+
+
+def available_cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,11 @@ from asyncckpt import fetching
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
-from asyncckpt.format.manifest import Chunk, digest
 from asyncckpt.policy import keep
+from asyncckpt.policy.codec import Rates
 from asyncckpt.policy.records import Record
 from asyncckpt.read import select
-from asyncckpt.read.reader import CheckpointReader
+from asyncckpt.read.pieces import PieceReader
 from asyncckpt.session import Session
 from asyncckpt.storage.files import LocalWritable
 from asyncckpt.storage.local import LocalStorage
@@ -26,6 +27,7 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import messages as m
 from asyncckpt.write import pipeline
+from asyncckpt.write.parts import RawPart
 from asyncckpt.write.service import Service
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -58,8 +60,8 @@ def without(method: str, *verbs: str) -> Plant:
 
 
 def no_data_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(self: LocalWritable) -> None:
-        self._posix.truncate(self._fd, self._size)
+    def finish(self: LocalWritable, size: int | None = None) -> None:
+        self._posix.truncate(self._fd, self._size if size is None else size)
         self.abort()
 
     monkeypatch.setattr(LocalWritable, "finish", finish)
@@ -127,8 +129,8 @@ def temporary_reused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fsync_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(self: LocalWritable) -> None:
-        self._posix.truncate(self._fd, self._size)
+    def finish(self: LocalWritable, size: int | None = None) -> None:
+        self._posix.truncate(self._fd, self._size if size is None else size)
         try:
             self._posix.fsync(self._fd)
         except OSError:
@@ -139,14 +141,13 @@ def fsync_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def worker_error_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def hop(file: Any, offset: int, data: memoryview, scan: Any) -> Chunk:
-        try:
-            file.write_at(offset, data)
-        except StorageError:
-            pass
-        return Chunk("raw", len(data), digest(data))
+    write = RawPart.write
 
-    monkeypatch.setattr(pipeline, "_hop", hop)
+    def write_carelessly(self: RawPart, index: int, data: memoryview) -> None:
+        with contextlib.suppress(StorageError):
+            write(self, index, data)
+
+    monkeypatch.setattr(RawPart, "write", write_carelessly)
 
 
 def death_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,8 @@ def death_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
         with self._changed:
             flights = [f for f in self._flights.values() if not f.released]
         for flight in flights:
-            self._settle(flight, m.Committed(flight.number, flight.size, 0.0, 0.0, 0.0, False))
+            how = False, flight.size, "raw", Rates()
+            self._settle(flight, m.Committed(flight.number, flight.size, 0.0, 0.0, 0.0, *how))
 
     monkeypatch.setattr(Session, "_writer_ended", writer_ended)
 
@@ -184,10 +186,10 @@ def overwrite_unlinks_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digest_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(self: Any, part: str, record: Any, file: Any, index: int, target: memoryview) -> None:
-        file.read_into(index * record.chunk_size, target)
+    def read(self: PieceReader, index: int, target: memoryview, bench: Any) -> None:
+        self._fetch(index, self._part.pieces(index)[0], target)
 
-    monkeypatch.setattr(CheckpointReader, "_check_chunk", read)
+    monkeypatch.setattr(PieceReader, "read_into", read)
 
 
 def nothing_when_all_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:

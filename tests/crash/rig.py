@@ -56,7 +56,9 @@ def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosi
     posix = posix or RecordingPosix()
     root = str(base / RUN)
     with chunks_of(scenario.chunk_size):
-        scenario.run(lambda: ServiceDriver(root, posix, keep=scenario.keep, direct=direct, note=posix.note))
+        scenario.run(
+            lambda: ServiceDriver(root, posix, keep=scenario.keep, direct=direct, codec=scenario.codec, note=posix.note)
+        )
     return posix.log
 
 
@@ -145,7 +147,7 @@ def cut_recovery(
             system.apply(entry, index)
     shutil.rmtree(base)
     with materialised(base, system.live()):
-        second = record(Scenario(resume, scenario.keep), base, direct=False)
+        second = record(Scenario(resume, scenario.keep, codec=scenario.codec), base, direct=False)
     base.mkdir()
     return cut_everywhere(
         [*log[:at], *second], base, scenario.keep, samples=samples, seed=seed, start=at, patience=patience

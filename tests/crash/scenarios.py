@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from support.checkpoints import image_of
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.testing import ServiceDriver
 from asyncckpt.testing.service import Value
@@ -24,6 +25,7 @@ class Scenario:
     run: Callable[[Open], None]
     keep: Keep | None = None
     chunk_size: int = 8 << 20
+    codec: Codec = field(default_factory=Codec)
 
 
 def value(seed: int, parts: int = 2, blocks: int = 2) -> Value:
@@ -101,6 +103,21 @@ def restarting(open_: Open) -> None:
             driver.save(step, value(step, parts=1))
 
 
+def changing(open_: Open) -> None:
+    """Of a part's chunks some change a little, some never, some at once; a step is saved anew, a base deleted."""
+
+    def image(seed: int) -> tuple[bytes, Any]:
+        still, live = np.arange(1024, dtype=np.int32), np.arange(4096, dtype=np.int32) * 1000 + seed
+        return image_of({"still": still, "w": live})[1], {"seed": seed}
+
+    with open_() as driver:
+        for step in (1, 2, 3):
+            driver.save(step, {"part0": image(step)})
+        driver.save(3, {"part0": image(9)}, replace=True)
+        driver.delete(2)
+        driver.save(4, {"part0": image(4)})
+
+
 SCENARIOS = {
     "plain": Scenario(plain),
     "overwriting": Scenario(overwriting),
@@ -112,6 +129,8 @@ SCENARIOS = {
     "queueing": Scenario(queueing, Keep(last=2)),
     "restarting": Scenario(restarting),
     "small_chunks": Scenario(plain, chunk_size=4096),
+    "coded": Scenario(changing, chunk_size=8192, codec=Codec("zstd")),
+    "differences": Scenario(changing, Keep(last=2), chunk_size=8192, codec=Codec("delta", max_chain=2)),
 }
 
 

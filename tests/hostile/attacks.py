@@ -11,9 +11,11 @@ from typing import Any
 
 import msgspec
 
+from asyncckpt.codec.frames import zstd
 from hostile.forge import FOLDER, Forgery
 from hostile.mutate import nested
 
+BOMB = struct.pack("<BBBBBI", 1, 0, 1, 0, 0, 4096) + struct.pack("<BI", 2, 1 << 14) + zstd.compress(bytes(256 << 20))
 Attack = Callable[[Forgery], None]
 HUGE = 1 << 57
 
@@ -92,6 +94,36 @@ def _step_as_link(attempt: Path) -> None:
     elsewhere = step.parent.parent / "elsewhere"
     shutil.move(step, elsewhere)
     step.symlink_to(elsewhere)
+
+
+def coded(change: Callable[[Forgery, dict[str, Any]], None]) -> Attack:
+    """On the part `extra`, stored coded, and sealed again."""
+
+    def attack(forgery: Forgery) -> None:
+        forgery.code("extra")
+        change(forgery, forgery.record["parts"]["extra"])
+        forgery.seal_blob("extra")
+
+    return attack
+
+
+def stream(data: bytes, codec: str = "zstd") -> Attack:
+    """The first chunk is decoded from `data`."""
+
+    def change(forgery: Forgery, stored: dict[str, Any]) -> None:
+        name = stored["files"][0][0]
+        blob = forgery.blobs[name] + bytes(-len(forgery.blobs[name]) % 4096)
+        piece = [codec, len(data), stored["coded"][0][-1][2], 0, len(blob)]
+        stored["coded"][0] = [piece] if codec == "zstd" else [stored["coded"][0][0], piece]
+        forgery.blobs[name] = blob + data
+
+    return coded(change)
+
+
+def _all_of_it_at_one_place(forgery: Forgery, stored: dict[str, Any]) -> None:
+    """A page that stands for a terabyte."""
+    piece = stored["coded"][0][0]
+    stored.update(size=16384 << 26, chunk_size=1 << 26, coded=[[piece]] * 16384)
 
 
 def _copies(forgery: Forgery, node: dict[str, Any]) -> None:
@@ -205,6 +237,19 @@ ATTACKS: dict[str, Attack] = {
     "the image of another part": lambda f: f.record["parts"]["extra"].update(file="model.safetensors"),
     "an attempt that leads outside": lambda f: (f.manifest.update(attempt=".."), f.record.update(attempt=".."))[0],
     "a part with a path for a name": lambda f: f.record["parts"].update({"../x": f.record["parts"].pop("extra")}),
+    "a frame of 256 MB in a chunk of 4 KB": stream(BOMB),
+    "a difference of 256 MB in a chunk of 4 KB": stream(BOMB, "delta"),
+    "a coded chunk of nothing": stream(b""),
+    "a coded chunk of zeros": stream(bytes(4096)),
+    "a page that stands for a terabyte": coded(_all_of_it_at_one_place),
+    "a coded chunk that hangs on itself": coded(lambda f, s: s["coded"][0].append(s["coded"][0][-1])),
+    "a chain of a thousand": coded(lambda f, s: s["coded"][0].extend([["delta", 1, "", 0, 0]] * 1000)),
+    "pieces beyond the end": coded(lambda f, s: s["coded"][0][0].__setitem__(4, 1 << 40)),
+    "pieces in a file that is not there": coded(lambda f, s: s["coded"][0][0].__setitem__(3, 5)),
+    "pieces outside of the folder": coded(lambda f, s: s["files"][0].__setitem__(0, "../../x.0123456789ab.coded")),
+    "pieces in an image": coded(lambda f, s: s["files"][0].__setitem__(0, "model.safetensors")),
+    "a coded part with an image too": coded(lambda f, s: s.update(file="extra.safetensors")),
+    "a chunk of a terabyte, coded": coded(lambda f, s: s.update(chunk_size=1 << 40, size=1 << 40)),
     "an unknown codec": lambda f: (f.settle(), f.record["parts"]["extra"]["chunks"][0].__setitem__(0, "zstd"))[0],
     "a chunk of negative size": lambda f: (f.settle(), f.record["parts"]["extra"]["chunks"][0].__setitem__(1, -1))[0],
     "a part of 2**62 bytes": record(size=1 << 62),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import asyncckpt
+from asyncckpt.codec import Coder
 from asyncckpt.format.manifest import digest, digest_of_chunks
 
 STEP = 1
@@ -60,6 +61,8 @@ class Forgery:
     rewinds: Json = None
     after: list[Callable[[Path], None]] = field(default_factory=list)
     """What is done to the folder of the attempt at the end."""
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    """Files of coded chunks, by name: of the parts that `code` took out of the images."""
     sealed: bool = True
     """Whether sizes and digests are computed anew from the images; else they are as they stand."""
 
@@ -97,6 +100,8 @@ class Forgery:
             (attempt / f"{part}.safetensors").write_bytes(data)
             if self.sealed and not self.headers_settled:
                 self._seal_image(part, data)
+        for name, blob in self.blobs.items():
+            (attempt / name).write_bytes(blob)
         record = seal(self.record)
         (attempt / "state.json").write_bytes(record)
         files = self.manifest.get("files") if isinstance(self.manifest, dict) else None
@@ -107,6 +112,37 @@ class Forgery:
             (root / "rewinds.json").write_bytes(seal(self.rewinds))
         for change in self.after:
             change(attempt)
+
+    def code(self, part: str, chunk_size: int = 8192) -> None:
+        """Store a part coded from now on: its first chunk as the difference from another, the rest by themselves."""
+        data = image(self.headers.pop(part), self.bodies.pop(part))
+        name, blob, table = f"{part}.{ATTEMPT}.coded", bytearray(), []
+        coder = Coder()
+        for start in range(0, len(data), chunk_size):
+            chunk, before = data[start : start + chunk_size], None
+            pieces = []
+            like = bytes([chunk[0] ^ 1]) + chunk[1:]
+            for what in [like, chunk] if start == 0 else [chunk]:
+                codec, stored = coder.encode(what, base=before)
+                blob += bytes(-len(blob) % 4096)
+                pieces.append([codec, len(stored), digest(what), 0, len(blob)])
+                blob += stored
+                before = what
+            table.append(pieces[-1:] if pieces[-1][0] != "delta" else pieces)
+        self.blobs[name] = bytes(blob)
+        self.record["parts"][part] |= {"file": None, "size": len(data), "chunk_size": chunk_size, "chunks": []}
+        self.record["parts"][part] |= {"files": [[name, 0]], "coded": table}
+        del self.manifest["files"][f"{part}.safetensors"]
+        self.seal_blob(part)
+
+    def seal_blob(self, part: str) -> None:
+        """Let the manifest vouch for the table of a coded part as it is now."""
+        name = f"{part}.{ATTEMPT}.coded"
+        pieces = sorted((p for chunk in self.record["parts"][part]["coded"] for p in chunk), key=lambda p: p[4])
+        self.manifest["files"][name] = {
+            "size": len(self.blobs[name]),
+            "digest": digest_of_chunks(p[2] for p in pieces),
+        }
 
     def settle(self) -> None:
         """Compute the chunk tables now, so that what is changed of them afterwards stays changed."""

@@ -169,6 +169,33 @@ def _body(forgery: Forgery, chance: random.Random) -> None:
     forgery.bodies[part] = bytes(body)
 
 
+def _coded(forgery: Forgery, chance: random.Random) -> None:
+    """A part stored coded: its table, or its bytes."""
+    if forgery.headers:
+        forgery.code(chance.choice(list(forgery.headers)), chance.choice([4096, 8192, 8192]))
+    part = chance.choice([name.split(".")[0] for name in forgery.blobs])
+    stored = forgery.record["parts"][part]
+    how = chance.randrange(4)
+    if how == 0:
+        edit({key: stored[key] for key in ("files", "coded")}, chance)
+    elif how == 1:
+        pieces = chance.choice(stored["coded"])
+        piece = chance.choice(pieces)
+        piece[chance.randrange(len(piece))] = value(chance)
+        if chance.random() < 0.5:
+            stored[chance.choice(["size", "chunk_size", "files", "coded"])] = value(chance)
+    elif how == 2:
+        chance.choice(stored["coded"]).append(list(chance.choice(chance.choice(stored["coded"]))))
+    name = next(name for name in forgery.blobs if name.startswith(f"{part}."))
+    blob = bytearray(forgery.blobs[name])
+    for _ in range(chance.randrange(8) if how == 3 and blob else 0):
+        at = chance.randrange(min(len(blob), chance.choice([40, 600, len(blob)])))
+        blob[at] = chance.randrange(256)
+    forgery.blobs[name] = bytes(blob)
+    if chance.random() < 0.7:
+        forgery.seal_blob(part)
+
+
 def _rewinds(forgery: Forgery, chance: random.Random) -> None:
     forgery.rewinds = {"rewinds": [{"step": 0, "sequence": 0}], "format": 1}
     edit(forgery.rewinds, chance)
@@ -176,6 +203,7 @@ def _rewinds(forgery: Forgery, chance: random.Random) -> None:
 
 MUTATORS: list[Callable[[Forgery, random.Random], None]] = [
     _tree, _tree, _leaf, _leaf, _leaf, _record, _manifest, _header, _header, _raw_header, _body, _rewinds,
+    _coded, _coded,
 ]  # fmt: skip
 
 

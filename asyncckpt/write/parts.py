@@ -1,0 +1,350 @@
+"""How the image of one part becomes durable files: raw, as it is, or coded chunk by chunk.
+
+Writers of parts are made, used and finished on worker threads; `write` is called from several at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from asyncckpt.errors import CorruptCheckpointError, StorageError
+from asyncckpt.format import names
+from asyncckpt.format.digests import digest, digest_of_chunks
+from asyncckpt.format.image import Entry
+from asyncckpt.format.manifest import Chunk, FileRecord, PartRecord
+from asyncckpt.format.pieces import DELTA, PAGE, Piece, Shared, digests_of_files
+from asyncckpt.read.pieces import Bench, PieceReader
+from asyncckpt.storage.base import ReadableFile, Storage, WritableFile
+from asyncckpt.write.meter import Meter
+
+if TYPE_CHECKING:  # numpy is loaded only where something is coded
+    from asyncckpt.codec import Layout, Run
+
+log = logging.getLogger("asyncckpt")
+
+SHARED_BY = 50
+"""Checkpoints that share a file of unchanged chunks before these are written anew: one damaged inode can't take all."""
+
+_NO_TREE = msgspec.Raw(b"null")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part goes: the folder of the attempt, and its bytes."""
+
+    storage: Storage
+    folder: str
+    attempt: str
+    part: str
+    size: int
+    chunk_size: int
+    meter: Meter
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """A part whose files are durable. Its record lacks the tree; `files` are all that it needs, by name.
+
+    `written` are the bytes of those that are new.
+    """
+
+    record: PartRecord
+    files: dict[str, FileRecord]
+    written: int
+    direct: bool
+
+
+class PartWriter(Protocol):
+    def write(self, index: int, data: memoryview) -> None:
+        """Take chunk `index`."""
+
+    def finish(self) -> WrittenPart:
+        """Return only when all bytes are durable."""
+
+    def abort(self) -> None:
+        """Give the part up; never raises."""
+
+
+class RawPart:
+    """The image, as it is, in a file of its own. With a `trial`, some chunks are coded too, to know what that takes."""
+
+    def __init__(self, place: Place, trial: Trial | None = None) -> None:
+        self._place, self._trial = place, trial
+        self._name = names.image_file(place.part)
+        self._file = place.storage.create(f"{place.folder}/{self._name}", place.size)
+        self._chunks: dict[int, Chunk] = {}
+
+    def write(self, index: int, data: memoryview) -> None:
+        self._chunks[index] = Chunk("raw", len(data), digest(data))
+        with self._place.meter.writing(len(data)):
+            self._file.write_at(index * self._place.chunk_size, data)
+        if self._trial is not None:
+            self._trial.see(index, data)
+
+    def finish(self) -> WrittenPart:
+        place = self._place
+        direct = getattr(self._file, "direct", False)
+        with place.meter.writing(0):
+            self._file.finish()
+        chunks = [self._chunks[i] for i in range(len(self._chunks))]
+        record = PartRecord(_NO_TREE, self._name, place.size, place.chunk_size, chunks)
+        known = FileRecord(place.size, digest_of_chunks(chunk.digest for chunk in chunks))
+        return WrittenPart(record, {self._name: known}, place.size, direct)
+
+    def abort(self) -> None:
+        self._file.abort()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A part as it was committed last: where its files lie, its record, and what the manifest says of them."""
+
+    folder: str
+    record: PartRecord
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Coding:
+    """What coded parts share: benches for the threads, the cores that coding may take, and how long chains may be."""
+
+    benches: SimpleQueue[Bench]
+    cores: threading.Semaphore
+    max_chain: int
+
+    @classmethod
+    def of(cls, threads: int, cores: int, max_chain: int) -> Coding:
+        """`max_chain` 0: nothing hangs on a base."""
+        benches: SimpleQueue[Bench] = SimpleQueue()
+        for _ in range(threads):
+            benches.put(Bench())
+        return cls(benches, threading.Semaphore(cores), max_chain)
+
+    @contextmanager
+    def bench(self) -> Iterator[Bench]:
+        """One for the calling thread alone."""
+        bench = self.benches.get()
+        try:
+            yield bench
+        finally:
+            self.benches.put(bench)
+
+
+def encode(
+    bench: Bench, data: memoryview, runs: Sequence[Run], base: memoryview | None, coding: Coding, meter: Meter
+) -> tuple[str, memoryview]:
+    """The codec and the stored bytes of a chunk; they are memory of `bench`, or `data` itself."""
+    with coding.cores:
+        begun = time.perf_counter()
+        codec, stored = bench.coder.encode(data, runs, base)
+        meter.coded(len(data), len(stored), time.perf_counter() - begun)
+    return codec, stored
+
+
+def _layout(place: Place, entries: Mapping[str, Entry]) -> Layout:
+    from asyncckpt.codec import Layout
+
+    header = min((entry.offset for entry in entries.values()), default=place.size)
+    return Layout(header, entries.values())
+
+
+class Trial:
+    """Codes one chunk of each `EVERY`, and forgets it: for what chooses between raw and coded."""
+
+    EVERY = 32
+
+    def __init__(self, place: Place, coding: Coding, entries: Mapping[str, Entry]) -> None:
+        self._place, self._coding = place, coding
+        self._layout = _layout(place, entries)
+        self._which = min(1, (place.size - 1) // place.chunk_size)
+
+    def see(self, index: int, data: memoryview) -> None:
+        if index % self.EVERY == self._which:
+            start = index * self._place.chunk_size
+            with self._coding.bench() as bench:
+                encode(bench, data, self._layout.runs(start, start + len(data)), None, self._coding, self._place.meter)
+
+
+class BaseGone(Exception):
+    """A file that was to be shared is not there any more, or can't be: write the save anew, without a base."""
+
+
+class CodedPart:
+    """Chunks coded one by one, in a file for those that have changed, and one for those that have not.
+
+    A chunk that is what it was in the base, by its digest, is not written where it lies in a file of unchanged ones:
+    that is shared. Where it lies elsewhere, it is written to such a file, once. A chunk that has changed may be coded
+    as the difference from what it was; then the files of the base are shared, too.
+    """
+
+    def __init__(self, place: Place, coding: Coding, entries: Mapping[str, Entry], base: Base | None) -> None:
+        """`entries` are what the image holds, after its header."""
+        self._place, self._coding = place, coding
+        self._layout = _layout(place, entries)
+        self._base = base if base is not None and _fits(base.record, place) else None
+        live = None if self._base is None else self._base.files.get(_own(self._base, names.CODED))
+        self._live = _Growing(place, names.CODED, place.size if live is None else live.size)
+        self._still = _Growing(place, names.STILL, 0)
+        self._pieces: dict[int, list[tuple[str, Piece]]] = {}
+        """By chunk, each piece with the name of its file."""
+        self._reader: _BaseReader | None = None
+        if self._base is not None and coding.max_chain:
+            self._reader = _BaseReader(place.storage, self._base)
+
+    def write(self, index: int, data: memoryview) -> None:
+        found = digest(data)
+        known = self._known(index)
+        unchanged = bool(known) and known[-1][1].digest == found
+        if unchanged and all(self._shareable(name) for name, _ in known):
+            self._pieces[index] = known
+            return
+        start = index * self._place.chunk_size
+        runs = self._layout.runs(start, start + len(data))
+        hangs = not unchanged and 0 < len(known) <= self._coding.max_chain
+        with self._coding.bench() as bench:
+            base = self._reader.read(index, len(data), bench) if hangs and self._reader is not None else None
+            codec, stored = encode(bench, data, runs, base, self._coding, self._place.meter)
+            target = self._still if unchanged else self._live
+            piece = Piece(codec, len(stored), found, 0, target.append(stored))
+        before = known if codec == DELTA else []
+        self._pieces[index] = [*before, (target.name, piece)]
+
+    def finish(self) -> WrittenPart:
+        place = self._place
+        table = [self._pieces[i] for i in range(len(self._pieces))]
+        used = dict.fromkeys(name for pieces in table for name, _ in pieces)
+        files = [self._live.finish(), self._still.finish()]
+        sizes = {name: size for name, size in zip((self._live.name, self._still.name), files, strict=True) if size}
+        for name in used:
+            if name not in sizes:
+                sizes[name] = self._share(name)
+        shared = [Shared(name, self._uses(name)) for name in used]
+        order = {name: i for i, name in enumerate(used)}
+        coded = [[msgspec.structs.replace(piece, file=order[name]) for name, piece in pieces] for pieces in table]
+        record = PartRecord(_NO_TREE, None, place.size, place.chunk_size, files=shared, coded=coded)
+        digests = digests_of_files(shared, coded, sizes)
+        known = {name: FileRecord(sizes[name], digests[name]) for name in used}
+        self.abort()
+        return WrittenPart(record, known, sum(files), self._live.direct or self._still.direct)
+
+    def abort(self) -> None:
+        for file in (self._live, self._still, self._reader):
+            if file is not None:
+                file.abort()
+
+    def _known(self, index: int) -> list[tuple[str, Piece]]:
+        """The pieces of the base."""
+        if self._base is None:
+            return []
+        record = self._base.record
+        return [(record.files[piece.file].name, piece) for piece in record.pieces(index)]
+
+    def _uses(self, name: str) -> int:
+        """Checkpoints that held this file before."""
+        uses = {} if self._base is None else {file.name: file.uses + 1 for file in self._base.record.files}
+        return uses.get(name, 0)
+
+    def _shareable(self, name: str) -> bool:
+        return name.endswith(names.STILL) and self._uses(name) < SHARED_BY
+
+    def _share(self, name: str) -> int:
+        """Give a file of the base a name in this attempt, too; its size."""
+        assert self._base is not None
+        try:
+            self._place.storage.share(f"{self._base.folder}/{name}", f"{self._place.folder}/{name}")
+        except (FileNotFoundError, StorageError) as error:  # deleted meanwhile, or no more links, or none at all
+            raise BaseGone(str(error)) from error
+        return self._base.files[name].size
+
+
+def _fits(record: PartRecord, place: Place) -> bool:
+    """Whether chunks of the one may hang on chunks of the other."""
+    return bool(record.coded) and (record.size, record.chunk_size) == (place.size, place.chunk_size)
+
+
+def _own(base: Base, suffix: str) -> str:
+    """The name of the base's own file."""
+    attempt = base.folder.rpartition("/")[2]
+    part = names.part_of_coded(base.record.files[0].name) or ""
+    return names.coded_file(part, attempt, suffix)
+
+
+class _Growing:
+    """A file that is made when the first piece comes, each piece at the next page. `expected` bytes are reserved."""
+
+    def __init__(self, place: Place, suffix: str, expected: int) -> None:
+        self.name = names.coded_file(place.part, place.attempt, suffix)
+        self.direct = False
+        self._place, self._expected = place, expected
+        self._lock = threading.Lock()
+        self._file: WritableFile | None = None
+        self._end = 0
+
+    def append(self, data: memoryview) -> int:
+        """Write `data`; returns where."""
+        with self._lock:
+            if self._file is None:
+                key = f"{self._place.folder}/{self.name}"
+                self._file = self._place.storage.create(key, self._expected)
+            offset = -(-self._end // PAGE) * PAGE
+            self._end = offset + len(data)
+        with self._place.meter.writing(len(data)):
+            self._file.write_at(offset, data)
+        return offset
+
+    def finish(self) -> int:
+        """The size, once it is durable; 0 where nothing was written, and there is no such file."""
+        if self._file is not None:
+            self.direct = getattr(self._file, "direct", False)
+            with self._place.meter.writing(0):
+                self._file.finish(self._end)
+        return self._end
+
+    def abort(self) -> None:
+        if self._file is not None:
+            self._file.abort()
+
+
+class _BaseReader:
+    """Chunks of a base, read back. What can't be read is done without: the log says so, once."""
+
+    def __init__(self, storage: Storage, base: Base) -> None:
+        self._files: list[ReadableFile] = []
+        self._pieces: PieceReader | None = None
+        self._what = base.folder
+        try:
+            for file in base.record.files:
+                self._files.append(storage.open(f"{base.folder}/{file.name}"))
+            self._pieces = PieceReader(base.record, self._files)
+        except (FileNotFoundError, StorageError) as error:
+            self._do_without(error)
+
+    def read(self, index: int, length: int, bench: Bench) -> memoryview | None:
+        if self._pieces is None:
+            return None
+        target = bench.buffer("base", length)
+        try:
+            self._pieces.read_into(index, target, bench)
+        except (CorruptCheckpointError, StorageError) as error:
+            self._do_without(error)
+            return None
+        return target
+
+    def abort(self) -> None:
+        files, self._files, self._pieces = self._files, [], None
+        for file in files:
+            file.close()
+
+    def _do_without(self, error: Exception) -> None:
+        if self._pieces is not None or self._files == []:
+            log.warning("no differences from %s, which can't be read: %s", self._what, error)
+        self._pieces = None
