@@ -81,7 +81,7 @@ def once(contender: Contender, data: Array, base: Array | None, target: Array) -
 
 
 def hold(call: Callable[[], object]) -> float:
-    """Milliseconds that another thread was kept from the interpreter: the least of some tries, as others compute too."""
+    """Milliseconds that another thread was kept from the interpreter: the least of some tries."""
     least = float("inf")
     for _ in range(HOLD_TRIES):
         go, done = threading.Event(), threading.Event()
