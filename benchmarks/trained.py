@@ -21,9 +21,9 @@ BETAS = (0.95, 0.999)
 NAMES = ("weights", "exp_avg", "exp_avg_sq")
 
 
-def train(directory: Path, steps: int, threads: int) -> None:
+def train(directory: Path, betas: list[float], steps: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    for beta2 in BETAS:
+    for beta2 in betas:
         model, optimizer, scheduler, loader = train_gpt.build("small", steps, seed=0)
         for group in optimizer.param_groups:
             group["betas"] = (0.9, beta2)
@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--betas", type=float, nargs="*", default=list(BETAS))
     args = parser.parse_args()
-    train(args.directory, args.steps, args.threads)
+    train(args.directory, args.betas, args.steps, args.threads)
 
 
 if __name__ == "__main__":
