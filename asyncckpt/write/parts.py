@@ -191,8 +191,7 @@ class CodedPart:
         self._place, self._coding = place, coding
         self._layout = _layout(place, entries)
         self._base = base if base is not None and _fits(base.record, place) else None
-        live = None if self._base is None else self._base.files.get(_own(self._base, names.CODED))
-        self._live = _Growing(place, names.CODED, place.size if live is None else live.size)
+        self._live = _Growing(place, names.CODED, place.size if self._base is None else _live_size(self._base))
         self._still = _Growing(place, names.STILL, 0)
         self._pieces: dict[int, list[tuple[str, Piece]]] = {}
         """By chunk, each piece with the name of its file."""
@@ -211,7 +210,10 @@ class CodedPart:
         runs = self._layout.runs(start, start + len(data))
         hangs = not unchanged and 0 < len(known) <= self._coding.max_chain
         with self._coding.bench() as bench:
-            base = self._reader.read(index, len(data), bench) if hangs and self._reader is not None else None
+            base = None
+            if hangs and self._reader is not None:
+                with self._coding.cores:
+                    base = self._reader.read(index, len(data), bench)
             codec, stored = encode(bench, data, runs, base, self._coding, self._place.meter)
             target = self._still if unchanged else self._live
             piece = Piece(codec, len(stored), found, 0, target.append(stored))
@@ -271,11 +273,10 @@ def _fits(record: PartRecord, place: Place) -> bool:
     return bool(record.coded) and (record.size, record.chunk_size) == (place.size, place.chunk_size)
 
 
-def _own(base: Base, suffix: str) -> str:
-    """The name of the base's own file."""
+def _live_size(base: Base) -> int:
+    """Bytes of the file for what had changed in `base`: about as many as there will be again."""
     attempt = base.folder.rpartition("/")[2]
-    part = names.part_of_coded(base.record.files[0].name) or ""
-    return names.coded_file(part, attempt, suffix)
+    return sum(file.size for name, file in base.files.items() if name.endswith(f".{attempt}{names.CODED}"))
 
 
 class _Growing:
@@ -320,7 +321,7 @@ class _BaseReader:
     def __init__(self, storage: Storage, base: Base) -> None:
         self._files: list[ReadableFile] = []
         self._pieces: PieceReader | None = None
-        self._what = base.folder
+        self._what, self._told = base.folder, False
         try:
             for file in base.record.files:
                 self._files.append(storage.open(f"{base.folder}/{file.name}"))
@@ -329,11 +330,12 @@ class _BaseReader:
             self._do_without(error)
 
     def read(self, index: int, length: int, bench: Bench) -> memoryview | None:
-        if self._pieces is None:
+        pieces = self._pieces  # another thread may do without it from now on
+        if pieces is None:
             return None
         target = bench.buffer("base", length)
         try:
-            self._pieces.read_into(index, target, bench)
+            pieces.read_into(index, target, bench)
         except (CorruptCheckpointError, StorageError) as error:
             self._do_without(error)
             return None
@@ -345,6 +347,6 @@ class _BaseReader:
             file.close()
 
     def _do_without(self, error: Exception) -> None:
-        if self._pieces is not None or self._files == []:
+        if not self._told:
             log.warning("no differences from %s, which can't be read: %s", self._what, error)
-        self._pieces = None
+        self._told, self._pieces = True, None
