@@ -1,6 +1,6 @@
 """What a resume needs beside weights: each example, killed by SIGKILL at any step, ends with the very same bits.
 
-ASYNCCKPT_RESUME=1 kills at every step of each example, at once and a few milliseconds later.
+With ASYNCCKPT_TORTURE (`make torture`) each example is killed at every step, at once and a few milliseconds later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples" / "resume"
 HARNESS = Path(__file__).with_name("support") / "interrupted.py"
-LONG = "ASYNCCKPT_RESUME" in os.environ
+LONG = "ASYNCCKPT_TORTURE" in os.environ
 STEPS = 24
 
 

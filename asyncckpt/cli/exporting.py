@@ -44,6 +44,8 @@ def _newest_with(run: Catalog, part: str) -> int:
         except CorruptCheckpointError:
             damaged.append(step)
             continue
+        except CheckpointNotFoundError:
+            continue  # retired meanwhile
         if part in parts:
             return damaged[0] if damaged else step
         there = there or parts

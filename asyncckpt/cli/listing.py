@@ -42,7 +42,7 @@ def remarks(record: Record) -> list[str]:
     """What a person must know of a checkpoint beside its numbers."""
     said = {
         "pinned": record.pinned,
-        "lacks parts": not record.complete,
+        f"lacks {', '.join(record.omitted)}": not record.complete,
         "holds NaN or inf": record.finite is False,
         "left by a rewind": record.rewound,
     }
@@ -60,6 +60,8 @@ def as_data(record: Record) -> dict[str, Any]:
         "created": record.created.isoformat() if record.created else None,
         "bytes": record.size,
         "parts": list(record.parts),
+        "exports": list(record.exports),
+        "omitted": list(record.omitted),
         "complete": record.complete,
         "metrics": finite(record.metrics),
         "pinned": record.pinned,

@@ -90,14 +90,14 @@ def test_ls_lists_what_is_committed_oldest_first(cli: Command, run: Path) -> Non
 
 def test_ls_shows_damaged_and_pinned_ones_and_nan_is_null(cli: Command, run: Path) -> None:
     flip(manifest_of(run, 300), 5)
-    commit(LocalStorage(str(run)), 600, metrics={"loss": None})
+    commit(LocalStorage(str(run)), 600, metrics={"loss": None}, omitted=["optimizer"])
     cli("pin", f"{run}@100")
     data = {c["step"]: c for c in cli("ls", run, "--json").json["checkpoints"]}
     assert data[300]["damaged"] and "seal" in data[300]["doubt"]
     assert data[100]["pinned"] and not data[400]["pinned"]
-    assert data[600]["metrics"] == {"loss": None}
+    assert data[600]["metrics"] == {"loss": None} and data[600]["omitted"] == ["optimizer"]
     text = cli("ls", run).out
-    assert "damaged: " in text and "pinned" in text and "loss=nan" in text
+    assert "damaged: " in text and "pinned" in text and "loss=nan" in text and "lacks optimizer" in text
 
 
 def test_an_empty_run_is_listed_as_such(cli: Command, tmp_path: Path) -> None:

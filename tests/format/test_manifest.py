@@ -73,6 +73,7 @@ def test_round_trip() -> None:
         {"parts": [""]},
         {"omitted": ["../model"]},
         {"omitted": ["model"]},
+        {"exports": ["model-bf16"]},
     ],
 )
 def test_a_manifest_that_contradicts_its_place_or_the_grammar_is_refused(members: dict[str, Any]) -> None:
@@ -166,6 +167,11 @@ def test_a_manifest_is_complete_unless_it_says_what_was_left_out() -> None:
     assert decode_manifest(older, 7) == GOOD and GOOD.complete
     partial = change(GOOD, parts=["model"], omitted=["optimizer"])
     assert not decode_manifest(encode(partial), 7).complete
+
+
+def test_an_export_is_a_part_that_nothing_is_resumed_from() -> None:
+    manifest = change(GOOD, parts=["model", "model-bf16"], exports=["model-bf16"])
+    assert decode_manifest(encode(manifest), 7).resumable == ["model"]
 
 
 def test_rewinds_cover_later_steps_up_to_their_sequence() -> None:
