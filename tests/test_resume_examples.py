@@ -46,7 +46,7 @@ def kills(example: str) -> list[list[tuple[int, float]]]:
 
 
 @pytest.mark.timeout(1200 if LONG else 120)
-@pytest.mark.parametrize("example", ["scheduler", "scaler", "ema", "dataloader"])
+@pytest.mark.parametrize("example", ["scheduler", "scaler", "ema", "dataloader", "clocks"])
 def test_an_interrupted_training_ends_with_the_very_same_bits(tmp_path: Path, example: str) -> None:
     plan, script = kills(example), EXAMPLES / f"{example}.py"
     said = run_it(script, "--run", tmp_path / "undisturbed")
