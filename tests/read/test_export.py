@@ -118,10 +118,13 @@ def flat(value: Any, path: str = "") -> dict[str, torch.Tensor]:
     return {k: v for key, item in items for k, v in flat(item, f"{path}.{key}" if path else str(key)).items()}
 
 
-@pytest.mark.parametrize("dtype", [None, *DTYPES])
-def test_a_file_has_every_tensor_under_its_path_and_floating_ones_cast(tmp_path: Path, dtype: str | None) -> None:
+@pytest.mark.parametrize(("dtype", "codec"), [(None, "raw"), ("bf16", "zstd"), ("fp16", "raw"), ("fp32", "delta")])
+def test_a_file_has_every_tensor_under_its_path_and_floating_ones_cast(
+    tmp_path: Path, dtype: str | None, codec: Any
+) -> None:
     values = many_kinds()
-    with run(tmp_path / "run") as ckpt:
+    with run(tmp_path / "run", codec=codec) as ckpt:
+        ckpt.save(0, {"model": values}).result(60)
         ckpt.save(1, {"model": values})
     found = exported(tmp_path / "run", dtype=dtype)
     expected = flat(values)

@@ -24,10 +24,11 @@ def parts_by_step(directory: Path) -> dict[int, str]:
     return {r.step: "".join(part[0] for part in r.parts) for r in asyncckpt.open(directory).records()}
 
 
-def test_a_training_saves_each_part_by_its_clock_and_goes_on_from_any_of_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["raw", "delta"])
+def test_a_training_saves_each_part_by_its_clock_and_goes_on_from_any_of_them(tmp_path: Path, codec: Any) -> None:
     state = training(width=8)
     there: dict[int, Any] = {}
-    with run(tmp_path, parts=CLOCKS) as ckpt:
+    with run(tmp_path, parts=CLOCKS, codec=codec) as ckpt:
         for step in range(1, 15):
             train_step(state)
             assert ckpt.should_save(step) == (step % 2 == 0)
