@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.testing import VERBS, FaultyPosix, Operation, Promises, RecordingPosix, ServiceDriver, examine
 from asyncckpt.testing.recording import fsynced_again
-from crash.rig import FACTOR, RUN, cut_everywhere
-from crash.scenarios import value
+from crash.rig import FACTOR, RUN, chunks_of, cut_everywhere
+from crash.scenarios import alike, value
 
 ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EMFILE")
 SHORT = "short write"
+CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Deed:
 
     do: Callable[[ServiceDriver], object]
     keep: Keep | None = None
+    codec: Codec = field(default_factory=Codec)
 
 
 DEEDS = {
     "save": Deed(lambda driver: driver.save(3, value(3, parts=2))),
     "overwrite": Deed(lambda driver: driver.save(2, value(3, parts=1), replace=True)),
     "save and retire": Deed(lambda driver: driver.save(3, value(3, parts=1)), Keep(last=2)),
+    "save differences": Deed(lambda driver: driver.save(3, alike(3)), codec=Codec("delta")),
     "delete": Deed(lambda driver: driver.delete(2)),
     "pin": Deed(lambda driver: driver.pin(1)),
     "rewind": Deed(lambda driver: driver.rewind(1)),
@@ -50,7 +54,7 @@ class Trial:
 
     def calls(self) -> list[tuple[str, int]]:
         """Every call that the deed makes when nothing fails."""
-        with self._open() as driver:
+        with chunks_of(CHUNK), self._open() as driver:
             self._prepare(driver)
             self.deed.do(driver)
             self._settled(driver)
@@ -58,6 +62,10 @@ class Trial:
 
     def run(self, verb: str, at: int, error: str, *, lasting: bool = False, samples: int = 0) -> list[str]:
         """What goes wrong when the `at`-th call of `verb` ends with `error`; power cuts too, with `samples`."""
+        with chunks_of(CHUNK):
+            return self._run(verb, at, error, lasting, samples)
+
+    def _run(self, verb: str, at: int, error: str, lasting: bool, samples: int) -> list[str]:
         driver = self._open()
         try:
             self._prepare(driver)
@@ -83,13 +91,14 @@ class Trial:
         return [f"{verb} {at} {error} ({self.failed}): {why}" for why in broken]
 
     def _open(self) -> ServiceDriver:
+        deed, root = self.deed, str(self.base / RUN)
         return ServiceDriver(
-            str(self.base / RUN), self.posix, keep=self.deed.keep, direct=self.direct, note=self.posix.note
+            root, self.posix, keep=deed.keep, direct=self.direct, codec=deed.codec, note=self.posix.note
         )
 
     def _prepare(self, driver: ServiceDriver) -> None:
         for step in (1, 2):
-            driver.save(step, value(step, parts=1, blocks=1))
+            driver.save(step, value(step, parts=1, blocks=1) if self.deed.codec.name == "raw" else alike(step))
         self._settled(driver)
         self.faulty.heal()
 

@@ -25,15 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.format.manifest import CHUNK_SIZE
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper, Promises, ServiceDriver, examine
 from asyncckpt.testing.promises import Event, Examined, Saved, Saving
-from asyncckpt.testing.service import content_of_value
+from asyncckpt.testing.service import Value, content_of_value
+from asyncckpt.write import pipeline
 from crash.kill_sweep import _EVENTS, in_child
 from crash.loop_disk import LoopDisk, Unavailable
 from crash.rig import RUN, Progress, after_sweep, sweep
-from crash.scenarios import value
+from crash.scenarios import alike, value
 
 KEEP = Keep(last=3)
 LIVES = 4
@@ -68,9 +71,15 @@ def live(root: str, posix: Posix | None, seed: int, first: int, tell: Callable[[
         tell((type(event).__name__, asdict(event)))
 
     coin, step, mine = random.Random(seed), first, 0
-    content = lambda: value(coin.getrandbits(40), parts=coin.randint(0, 3), blocks=coin.choice([1, 3, 40]))  # noqa: E731
+    codec = Codec(coin.choice(["raw", "zstd", "delta"]), max_chain=3)
+    pipeline.CHUNK_SIZE = CHUNK_SIZE if codec.name == "raw" else 8192  # in a process of its own
+
+    def content() -> Value:
+        other = value(coin.getrandbits(40), parts=coin.randint(0, 3), blocks=coin.choice([1, 3, 40]))
+        return other if codec.name == "raw" else {**other, **alike(coin.getrandbits(8))}
+
     try:
-        driver = ServiceDriver(root, posix, keep=KEEP, direct=coin.random() < 0.5, note=note)
+        driver = ServiceDriver(root, posix, keep=KEEP, direct=coin.random() < 0.5, codec=codec, note=note)
         while True:
             deed = coin.random()
             if mine and deed < 0.2:

@@ -103,19 +103,20 @@ def restarting(open_: Open) -> None:
             driver.save(step, value(step, parts=1))
 
 
+def alike(seed: int) -> Value:
+    """A part whose first 8 KiB are the same for every seed, and whose others differ little."""
+    still, live = np.arange(1024, dtype=np.int32), np.arange(4096, dtype=np.int32) * 1000 + seed
+    return {"part0": (image_of({"still": still, "w": live})[1], {"seed": seed})}
+
+
 def changing(open_: Open) -> None:
-    """Of a part's chunks some change a little, some never, some at once; a step is saved anew, a base deleted."""
-
-    def image(seed: int) -> tuple[bytes, Any]:
-        still, live = np.arange(1024, dtype=np.int32), np.arange(4096, dtype=np.int32) * 1000 + seed
-        return image_of({"still": still, "w": live})[1], {"seed": seed}
-
+    """Of a part's chunks some change a little, and some never; a step is saved anew, a base deleted."""
     with open_() as driver:
         for step in (1, 2, 3):
-            driver.save(step, {"part0": image(step)})
-        driver.save(3, {"part0": image(9)}, replace=True)
+            driver.save(step, alike(step))
+        driver.save(3, alike(9), replace=True)
         driver.delete(2)
-        driver.save(4, {"part0": image(4)})
+        driver.save(4, alike(4))
 
 
 SCENARIOS = {
