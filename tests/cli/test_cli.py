@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 from support.checkpoints import Part, commit, flip, snapshot
+from support.checkpoints import image_of as whole_image
 from support.processes import Trainer
 
 from asyncckpt.catalog.ownership import RunLock
@@ -21,7 +22,9 @@ from asyncckpt.cli import answers
 from asyncckpt.cli.app import app
 from asyncckpt.format import names
 from asyncckpt.format.manifest import encode
+from asyncckpt.policy.codec import Codec
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.testing import ServiceDriver
 
 HOSTILE = "w\x1b[31m\n\x07\u202e\x9b"
 """A tensor's name that would colour, break a line, beep, turn the text around, and start a control sequence."""
@@ -62,6 +65,19 @@ def run(tmp_path: Path) -> Path:
     for step, loss in zip(range(100, 600, 100), [5.0, 1.0, 3.0, 4.0, 2.0], strict=True):
         commit(storage, step, metrics={"loss": loss})
     return tmp_path / "run"
+
+
+def test_a_coded_part_is_shown_and_verified_and_has_no_file_for_others(cli: Command, tmp_path: Path) -> None:
+    image = whole_image({"w": np.arange(20_000, dtype=np.float32)})[1]
+    with ServiceDriver(str(tmp_path), codec=Codec("zstd")) as driver:
+        driver.save(7, {"model": (image, {"w": {"$": "tensor", "n": "w"}})})
+    assert cli("verify", tmp_path).code == answers.OK
+    shown = cli("show", tmp_path, "--json").json["parts"]["model"]
+    assert shown["file"] is None and shown["bytes"] == len(image) and shown["chunks"] == 1
+    assert [names.part_of_coded(name) for name in shown["files"]] == ["model"]
+    assert shown["files"][0] in cli("show", tmp_path).out
+    refused = cli("path", tmp_path, "model")
+    assert refused.code != answers.OK and "is coded" in refused.err
 
 
 def manifest_of(run: Path, step: int) -> Path:

@@ -134,6 +134,18 @@ def test_a_file_has_every_tensor_under_its_path_and_floating_ones_cast(
         assert same(found[name], tensor.to(TORCH[DTYPES[dtype]]) if castable and dtype else tensor), name
 
 
+@pytest.mark.parametrize("codec", ["zstd", "delta"])
+def test_a_coded_checkpoint_is_exported_as_a_raw_one(tmp_path: Path, codec: Any) -> None:
+    values = many_kinds() | {"large": torch.randn(300_000)}
+    for name, options in (("raw", {}), (codec, {"codec": codec})):
+        with run(tmp_path / name, **options) as ckpt:
+            ckpt.save(1, {"model": values})
+            ckpt.save(2, {"model": values | {"scalar": torch.tensor(3.5)}})
+    coded, raw = exported(tmp_path / codec), exported(tmp_path / "raw")
+    assert coded.keys() == raw.keys() and all(same(coded[key], raw[key]) for key in raw)
+    assert not list((tmp_path / codec).rglob("*.safetensors"))
+
+
 def test_a_module_can_load_what_was_exported_of_it(tmp_path: Path) -> None:
     """Tied weights, too, though a checkpoint stores them once."""
     first, second = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
