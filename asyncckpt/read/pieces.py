@@ -35,7 +35,7 @@ class Bench:
         """The first `size` bytes of the memory under this name, which grows to the most that was asked for."""
         held = self._held.get(name)
         if held is None or len(held) < size:
-            held = self._held[name] = mmap.mmap(-1, size)
+            held = self._held[name] = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return memoryview(held)[:size]
 
 
