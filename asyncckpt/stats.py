@@ -32,7 +32,7 @@ class Stats:
     seconds_to_committed: float | None
     """Of the last committed save: from `save` until it was committed."""
     bytes_per_second: float | None
-    """Of the last committed save: from its first byte written until it was durable."""
+    """Of the last committed save: of what it wrote, from its first byte until all was durable."""
     step_seconds: float | None
     """One step while no save is in flight; None before one was measured."""
     save_tax: float | None
@@ -85,4 +85,4 @@ class Tally:
             self.bytes_committed += times.size
             self.seconds_to_committed = times.commit_end - times.saved
             took = times.write_end - times.write_begin
-            self.bytes_per_second = times.size / took if took > 0 else None
+            self.bytes_per_second = times.written / took if took > 0 else None
