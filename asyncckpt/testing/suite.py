@@ -114,6 +114,34 @@ class StorageSuite:
         other.finish()
         other.abort()
 
+    @pytest.mark.parametrize("reserved", [0, BLOCK, 9 * BLOCK])
+    def test_a_file_may_end_elsewhere_than_was_thought(self, storage: Storage, reserved: int) -> None:
+        storage.begin(FOLDER)
+        data = aligned(3 * BLOCK)
+        data[:] = pattern(3 * BLOCK)
+        file = storage.create(FILE, reserved)
+        file.write_at(0, data[: 2 * BLOCK])
+        file.write_at(2 * BLOCK, data[2 * BLOCK : 2 * BLOCK + 10])
+        file.finish(2 * BLOCK + 10)
+        assert contents(storage, FILE) == data[: 2 * BLOCK + 10]
+
+    def test_a_file_that_is_shared_outlives_the_others(self, storage: Storage) -> None:
+        coded = names.coded_file("model", "0123456789ab", names.STILL)
+        other = "step-00000008/ba9876543210"
+        for folder in (FOLDER, other):
+            storage.begin(folder)
+        write(storage, f"{FOLDER}/{coded}", b"bytes of both")
+        storage.share(f"{FOLDER}/{coded}", f"{other}/{coded}")
+        storage.settle(other)
+        with pytest.raises(FileExistsError):
+            storage.share(f"{FOLDER}/{coded}", f"{other}/{coded}")
+        storage.remove_folder(FOLDER)
+        assert contents(storage, f"{other}/{coded}") == b"bytes of both"
+        with pytest.raises(FileNotFoundError):
+            storage.share(f"{FOLDER}/{coded}", f"{other}/model.safetensors")
+        storage.remove_folder(other)
+        assert storage.list(other) == []
+
     def test_two_attempts_at_one_step_do_not_meet(self, storage: Storage) -> None:
         for attempt, data in (("aaaaaaaaaaaa", b"first"), ("bbbbbbbbbbbb", b"second")):
             storage.begin(f"{STEP}/{attempt}")
