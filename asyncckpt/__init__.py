@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from asyncckpt.errors import CheckpointNotFoundError as CheckpointNotFoundError
     from asyncckpt.errors import ConflictError as ConflictError
     from asyncckpt.errors import CorruptCheckpointError as CorruptCheckpointError
+    from asyncckpt.errors import NotSupportedError as NotSupportedError
     from asyncckpt.errors import QueueFullError as QueueFullError
+    from asyncckpt.errors import RankError as RankError
     from asyncckpt.errors import StateMismatchError as StateMismatchError
     from asyncckpt.errors import StorageError as StorageError
     from asyncckpt.errors import TornSnapshotError as TornSnapshotError
@@ -62,7 +64,9 @@ _HOME = {
     "CheckpointNotFoundError": "errors",
     "ConflictError": "errors",
     "CorruptCheckpointError": "errors",
+    "NotSupportedError": "errors",
     "QueueFullError": "errors",
+    "RankError": "errors",
     "StateMismatchError": "errors",
     "StorageError": "errors",
     "TornSnapshotError": "errors",

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from asyncckpt import arguments, progress, signals
+from asyncckpt.company import Request, company
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
 from asyncckpt.fetching import Wish
 from asyncckpt.handle import SaveHandle
@@ -29,11 +30,12 @@ from asyncckpt.policy.keep import Keep, Policy
 from asyncckpt.policy.overlap import OverlapTrial
 from asyncckpt.policy.records import Record
 from asyncckpt.preemption import Notice, Preemption, Watch, announce, report
-from asyncckpt.run import Directory, Filling, Run
+from asyncckpt.run import Directory, Run
 from asyncckpt.schedule import Schedule
 from asyncckpt.session import Session, WhenFull
 from asyncckpt.snapshot import fence
 from asyncckpt.snapshot.apply import Rename
+from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.stats import Stats
 from asyncckpt.storage.posix import Posix
@@ -90,6 +92,11 @@ class Checkpointer:
             `keep` says. A tensor that is meant to hold inf, such as a mask, counts too.
         memory_limit: bytes that snapshots may take beside the training; without it, what the system has.
         lock_timeout: seconds to wait for another writer of this run, such as that of a killed trainer finishing.
+        rank_timeout: with several ranks, seconds that they wait for each other, and within which a save must be written
+            by all; what is not done by all in time is done by none.
+
+    In a job of several ranks (torch's default process group is initialized) all of them make the Checkpointer, and
+    call `save`, `maybe_save`, `restore` and `delete` in the same order with the same steps.
 
     Raises:
         ValueError, TypeError: an argument that makes no sense.
@@ -119,6 +126,7 @@ class Checkpointer:
         check_finite: bool = False,
         memory_limit: int | None = None,
         lock_timeout: float = 120.0,
+        rank_timeout: float = 600.0,
         _posix: Posix | None = None,
     ) -> None:
         arguments.check_choice("when_full", when_full, _WHEN_FULL)
@@ -138,11 +146,26 @@ class Checkpointer:
             arguments.check_whole("memory_limit", memory_limit)
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout={lock_timeout!r}: give seconds, from 0 on")
+        if not rank_timeout > 0:
+            raise ValueError(f"rank_timeout={rank_timeout!r}: give seconds, more than 0")
         self._when_full, self._on_error = when_full, on_error
         self._run = Run(directory)
         self._pid = os.getpid()
         self._closed = False
         process = writer == "process" and hasattr(os, "memfd_create")
+        self._company = company(
+            self._run,
+            rank_timeout=rank_timeout,
+            settings={"when_full": when_full, "on_error": on_error, "max_in_flight": str(max_in_flight)},
+            cadence=cadence,
+            when_full=when_full,
+            not_there={
+                "preempt=": preempt is not None,
+                "export=": bool(exports),
+                "parts=": bool(clocks),
+                "codec=": codec != "raw",
+            },
+        )
         options = Options(
             self._run.storage.root,
             keep,
@@ -150,6 +173,7 @@ class Checkpointer:
             process=process,
             check_finite=check_finite,
             codec=Codec(codec, max_chain, codec_cores),
+            rank=self._company.rank,
             posix=_posix,
         )
         self._trial = OverlapTrial() if overlap == "auto" else None
@@ -162,8 +186,15 @@ class Checkpointer:
         self._warned: set[BaseException] = set()
         self._metric_missed = False
         try:
-            self._session = Session(
-                options, self._snapshotter, self._save_ended, max_in_flight=max_in_flight, memory_limit=memory_limit
+            self._session = self._company.open(
+                lambda: Session(
+                    options,
+                    self._snapshotter,
+                    self._save_ended,
+                    max_in_flight=max_in_flight,
+                    memory_limit=memory_limit,
+                    ready=self._company.ready,
+                )
             )
         except BaseException:
             self._snapshotter.close()
@@ -216,34 +247,52 @@ class Checkpointer:
         called, begun = time.time(), time.perf_counter()
         self._check_usable()
         notice = self._schedule.notice
-        self._report_failures()
         step = arguments.checked_step(step)
         when_full = self._when_full if when_full is None else when_full
         arguments.check_choice("when_full", when_full, _WHEN_FULL)
         numbers = arguments.checked_metrics(metrics or {})
         self._look_for_metric(numbers)
-        replace = self._may_replace(step, overwrite)
-        what = self._snapshotter.describe(state, arguments.checked_parts(state, parts))
-        self._check_room(what.size)
         session = self._session
-        handle = SaveHandle(step, session.waiting, tuple(what.omitted))
+        chosen = arguments.checked_parts(state, parts)
+        handle = SaveHandle(step, session.waiting, () if chosen is None else tuple(n for n in state if n not in chosen))
+        replace = False
+        saved: list[str] = []
+
+        def describe() -> Description:
+            nonlocal replace
+            replace = self._may_replace(step, overwrite)
+            what = self._snapshotter.describe(state, chosen)
+            saved.extend(name for name in what.parts if name not in what.exports)
+            self._check_room(what.size)
+            return what
+
+        asked = Request(state, describe, when_full, overwrite, self._failures_to_raise(), self._raise_failures)
         try:
-            arena = session.admit(handle, what.size, when_full)
-            number = self._schedule.save_begins(name for name in what.parts if name not in what.exports)
+            granted = self._company.grant(session, handle, asked)
+            number = self._schedule.save_begins(saved)
             handle.add_done_callback(partial(self._came_to_an_end, number))
-            if arena is None:
-                session.skipped(handle)
-            else:
+            if granted is not None:
                 overlap = self._trial.next() if self._trial is not None else self._overlap
                 self._newest = handle
                 self._taken.add(step)
                 self._schedule.meter.save_begins(overlap)
-                session.launch(handle, arena, what, called=called, overlap=overlap, replace=replace, metrics=numbers)
+                session.launch(
+                    handle,
+                    granted.arena,
+                    granted.what,
+                    called=called,
+                    overlap=overlap,
+                    replace=replace,
+                    metrics=numbers,
+                    member=granted.member,
+                )
+                self._company.launched(handle)
         except BaseException as error:
             session.abandon(handle, error)
+            self._company.refused(handle, error)
             raise
         handle.blocked = time.perf_counter() - begun
-        if arena is not None:
+        if granted is not None:
             self._schedule.answer(notice)
             self._schedule.meter.save_returns(handle.blocked)
         session.tally.returned(handle.blocked)
@@ -263,11 +312,11 @@ class Checkpointer:
         clocks = self._schedule.clocks
         arguments.check_clocks_fit(clocks.named, state)
         due = self._schedule.decide(arguments.checked_step(step))
-        if due is None:
-            return None
-        if due.reason == "notice":
+        if due is not None and due.reason == "notice":
             return self._save_before_leaving(step, state, options)
-        if clocks.named and "parts" not in options:
+        if not self._company.due(step, due is not None):
+            return None
+        if due is not None and clocks.named and "parts" not in options:
             options["parts"] = clocks.chosen(list(state), due.parts, due.others)
             if not options["parts"]:
                 return None
@@ -280,6 +329,7 @@ class Checkpointer:
             ValueError: the Checkpointer has neither a cadence nor clocks nor `preempt`.
         """
         self._check_usable()
+        self._company.check_foreseeable()
         return self._schedule.decide(arguments.checked_step(step)) is not None
 
     @property
@@ -362,17 +412,18 @@ class Checkpointer:
         self._check_usable()
         self._session.join_copies()
         self._session.drain(None)
-        loaded = self._run.fetch(step, Wish.of_state(state, parts, strict, allow_stale))
-        if loaded is None:
+        leave = self._session.rewind if rewind else lambda step: None
+        wish = Wish.of_state(state, parts, strict, allow_stale)
+        filling = self._company.fetch(state, step, wish, rename, leave)
+        if filling is None:
             return None
-        fill = Filling(loaded, state, strict, rename)
+        loaded = filling.loaded
         self._passed_over.update(loaded.passed_over)
         if parts is None:
             self._passed_over.update(loaded.lacking)
-            self._session.trust(loaded.step)
-        if rewind:
-            self._session.rewind(loaded.step)
-        fill()
+            if self._company.rank == 0:
+                self._session.trust(loaded.step)
+        filling()
         self._schedule.restored(loaded.parts.keys() - loaded.stale.keys(), loaded.stale)
         return loaded.step
 
@@ -392,7 +443,8 @@ class Checkpointer:
         """Read every byte of `step` (the newest by default) and check it; returns the step: see `Run.verify`."""
         self._check_usable()
         step = self._run.verify(step)
-        self._session.trust(step)
+        if self._company.rank == 0:
+            self._session.trust(step)
         return step
 
     def delete(self, step: int) -> None:
@@ -404,7 +456,8 @@ class Checkpointer:
             StorageError: the storage failed.
         """
         self._check_usable()
-        self._session.delete(arguments.checked_step(step))
+        step = arguments.checked_step(step)
+        self._company.once(f"delete of step {step}", lambda: self._session.delete(step))
 
     def annotate(self, step: int, metrics: Mapping[str, float]) -> None:
         """Durably add `metrics` to those of a committed step: see `Run.annotate`, which other processes may use."""
@@ -504,6 +557,7 @@ class Checkpointer:
         if self._watch is not None:
             self._watch.close()
         self._session.close()
+        self._company.close()
         self._snapshotter.close()
 
     def _leave(self) -> None:
@@ -527,20 +581,21 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError(f"{self!r} is closed")
 
-    def _report_failures(self) -> None:
-        """Raise, or warn of, what failed since the last save. A torn snapshot has told of itself, by a warning."""
+    def _failures_to_raise(self) -> list[BaseException]:
+        """What failed since the last save and is to be raised; else warn of it. A torn snapshot has warned already."""
         failed = [e for e in self._session.failures(take=False) if not isinstance(e, TornSnapshotError)]
         if not failed:
-            return
+            return []
         if self._schedule.notice is not None:  # what can be saved yet is worth more than an error: `close` raises it
             log.error("a save failed: %s", failed[0])
-            return
+            return []
         if self._on_error == "raise":
-            self._raise_failures()
+            return failed
         for error in failed:
             if error not in self._warned:
                 self._warned.add(error)
                 warnings.warn(f"a save failed: {error}", RuntimeWarning, stacklevel=3)
+        return []
 
     def _raise_failures(self) -> None:
         failed = self._session.failures(take=True)
@@ -641,6 +696,7 @@ class Checkpointer:
             self._schedule.clocks.came_to_nothing(number)
 
     def _save_ended(self, handle: SaveHandle) -> None:
+        self._company.ended(handle)
         if handle is self._newest:
             self._schedule.meter.save_ends(committed=handle.outcome == "committed")
 

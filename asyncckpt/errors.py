@@ -63,6 +63,21 @@ class ConflictError(CheckpointError):
         self.pid = pid
 
 
+class RankError(CheckpointError):
+    """Another rank failed, or did not answer in time, so that what all were to do together was not done.
+
+    `rank` is which, where it is known. The next save may succeed.
+    """
+
+    def __init__(self, message: str, *, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class NotSupportedError(CheckpointError, NotImplementedError):
+    """This asyncckpt can't do that, in the setting that the message names."""
+
+
 class QueueFullError(CheckpointError):
     """`when_full="raise"`: `max_in_flight` snapshots are staged and not yet committed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from asyncckpt.policy.stale import source
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.read.select import newest
 from asyncckpt.snapshot.rebuild import rebuild_part, rebuild_tensors
+from asyncckpt.snapshot.view import View
 
 log = logging.getLogger("asyncckpt")
 
@@ -79,16 +80,25 @@ class Loaded:
     lacking: tuple[int, ...] = ()
 
 
-def fetch(catalog: Catalog, step: int | None, wish: Wish) -> Loaded | None:
+def fetch(
+    catalog: Catalog,
+    step: int | None,
+    wish: Wish,
+    view: View | None = None,
+    one: Callable[[int], Loaded] | None = None,
+) -> Loaded | None:
     """Read and verify what is wanted of `step`, or of the newest that has it; None where nothing was ever committed.
+
+    `view` is that of whom it is restored for; `one` reads a step, instead of this.
 
     Raises:
         CheckpointNotFoundError: the step, or what is wanted of it, does not exist; or, without `step`, none has it.
         CorruptCheckpointError: the step is damaged, or what it takes from an older one; or, without `step`, all are.
         StateMismatchError: `strict`, and the checkpoint has other parts than those wanted.
     """
+    one = one or (lambda step: _read(catalog, step, wish, view))
     if step is not None:
-        return _read(catalog, step, wish)
+        return one(step)
     lacking: list[int] = []
 
     def read(step: int) -> Loaded | None:
@@ -96,7 +106,7 @@ def fetch(catalog: Catalog, step: int | None, wish: Wish) -> Loaded | None:
             lacking.append(step)
             return None
         try:
-            return _read(catalog, step, wish)
+            return one(step)
         except _NothingOlder:
             lacking.append(step)
             return None
@@ -113,16 +123,20 @@ class _NothingOlder(CheckpointNotFoundError):
     """No older checkpoint has a part that this one lacks."""
 
 
-def _read(catalog: Catalog, step: int, wish: Wish) -> Loaded:
+def _read(catalog: Catalog, step: int, wish: Wish, view: View | None) -> Loaded:
+    rank = view.rank if view is not None else 0
+    rebuild = view.rebuild if view is not None else rebuild_part
     with ExitStack() as held:  # none of them may be deleted before all are read
-        reader = held.enter_context(CheckpointReader(catalog, step))
+        reader = held.enter_context(CheckpointReader(catalog, step, rank))
         stale = _sources(catalog, reader.manifest, wish)
-        origins = {older: held.enter_context(CheckpointReader(catalog, older)) for older in set(stale.values())}
+        origins = {older: held.enter_context(CheckpointReader(catalog, older, rank)) for older in set(stale.values())}
         chosen = _choose(reader, wish, stale)
         if wish.keys is not None:
             return Loaded(step, {part: rebuild_tensors(reader, part, wish.keys) for part in chosen})
-        parts = {part: rebuild_part(origins[older], part) for part, older in stale.items()}
-        parts |= {part: rebuild_part(reader, part) for part in chosen}
+        if view is not None:
+            chosen = view.visible(reader, chosen)
+        parts = {part: rebuild(origins[older], part) for part, older in stale.items()}
+        parts |= {part: rebuild(reader, part) for part in chosen}
     if stale:
         log.info("step %d, with %s", step, ", ".join(f"{part} of step {older}" for part, older in stale.items()))
     return Loaded(step, parts, stale)

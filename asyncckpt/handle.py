@@ -60,6 +60,8 @@ class SaveHandle:
         """Why it failed."""
         self.told = False
         """Whether `result` has raised the error: then nothing else raises it again."""
+        self.attempt = ""
+        """What the save is known by among several ranks."""
         self._waiting = waiting
         self._pid = os.getpid()
         self._lock = threading.Lock()

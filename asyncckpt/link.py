@@ -24,7 +24,7 @@ SLOW = 30.0
 _GOODBYE = 60.0
 """Seconds that `close` waits for the end of a writer that has nothing left to do."""
 
-OfSave = m.Progress | m.Committed | m.Failed | m.Dropped
+OfSave = m.Progress | m.Ready | m.Committed | m.Failed | m.Dropped
 
 
 class Patience:
@@ -55,6 +55,7 @@ class Options:
     check_finite: bool = False
     codec: Codec = field(default_factory=Codec)
     direct: bool = True
+    rank: int = 0
     posix: Posix | None = None
 
 
@@ -101,7 +102,7 @@ class Link:
         options = self._options
         keep = options.keep if isinstance(options.keep, Keep) else None
         asks = options.keep is not None and keep is None
-        told = options.direct, asks, options.check_finite, options.codec
+        told = options.direct, asks, options.check_finite, options.codec, options.rank
         writer.send(m.Open(options.root, options.lock_timeout, keep, *told))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
@@ -124,7 +125,7 @@ class Link:
             self._hurry = on
             self.send(m.Hurry(on))
 
-    def call(self, make: Callable[[int], m.Delete | m.RewindTo]) -> None:
+    def call(self, make: Callable[[int], m.OfRun]) -> None:
         """Send `make(number)` and wait for the answer.
 
         Raises:
@@ -162,7 +163,7 @@ class Link:
                         self._changed.notify_all()
             case m.Ask() if start.writer is not None:
                 self._on_ask(start.writer, reply)
-            case m.Progress() | m.Committed() | m.Failed() | m.Dropped():
+            case m.Progress() | m.Ready() | m.Committed() | m.Failed() | m.Dropped():
                 self._on_reply(reply)
 
     def _end(self, start: _Start, reason: str) -> None:

@@ -19,6 +19,7 @@ from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
 from asyncckpt.snapshot.rng import RngState
+from asyncckpt.snapshot.view import View
 from asyncckpt.storage.local import LocalStorage
 
 Directory = str | os.PathLike[str]
@@ -33,6 +34,10 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({self.storage.url!r})"
+
+    @property
+    def catalog(self) -> Catalog:
+        return self._catalog
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first, without those of branches that were left by `rewind`."""
@@ -141,16 +146,16 @@ class Run:
         rename: Rename | None = None,
     ) -> int | None:
         """Bring `state` to a checkpoint, in place, and return its step: see `Checkpointer.restore`."""
-        loaded = self.fetch(step, Wish.of_state(state, parts, strict, allow_stale))
+        loaded = self.fetch(step, Wish.of_state(state, parts, strict, allow_stale), View(state, rename=rename))
         if loaded is None:
             return None
         fill = Filling(loaded, state, strict, rename)
         fill()
         return loaded.step
 
-    def fetch(self, step: int | None, wish: Wish) -> Loaded | None:
+    def fetch(self, step: int | None, wish: Wish, view: View | None = None) -> Loaded | None:
         """What is wanted of `step`, or of the newest that has it, read and verified: see `fetching.fetch`."""
-        return fetch(self._catalog, step, wish)
+        return fetch(self._catalog, step, wish, view)
 
     def _given_or_latest(self, step: int | None) -> int:
         step = self.latest() if step is None else step
@@ -167,6 +172,7 @@ class Filling:
     """
 
     def __init__(self, loaded: Loaded, state: Mapping[str, Any], strict: bool, rename: Rename | None) -> None:
+        self.loaded = loaded
         self._state, self._strict = state, strict
         self._saved = {name: rename_keys(state[name], value, rename) for name, value in loaded.parts.items()}
         found = Mismatch()

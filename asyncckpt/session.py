@@ -43,6 +43,8 @@ class Flight:
     arena: Arena
     size: int
     called: float
+    attempt: str = ""
+    """Under which it is written, where it is one of several ranks'."""
     copy_begin: float = field(default_factory=time.time)
     copy_end: float = 0.0
     snapshot: Snapshot | None = None
@@ -69,12 +71,13 @@ class Session:
         *,
         max_in_flight: int,
         memory_limit: int | None,
+        ready: Callable[[str], None] = lambda attempt: None,
     ) -> None:
         self.options = options
         self._max_in_flight = max_in_flight
         self.tally = Tally()
         self._snapshotter = snapshotter
-        self._on_end = ended
+        self._on_end, self._on_ready = ended, ready
         self._changed = threading.Condition()
         self._pool = ArenaPool(max_in_flight, memory_limit, shared=options.process)
         self._flights: dict[int, Flight] = {}
@@ -136,10 +139,27 @@ class Session:
             self._changed.notify_all()
         handle.finish("failed", error)
 
+    def wait_for_place(self, when_full: WhenFull) -> bool:
+        """Wait until there is a place in the queue, or, to skip the save, say whether there is one."""
+        patience = Patience("a place in the queue", self.options.root)
+        with self.waiting(), self._changed:
+            while len(self._flights) >= self._max_in_flight:
+                if when_full == "skip":
+                    return False
+                patience.wait(self._changed)
+        return True
+
     def skipped(self, handle: SaveHandle) -> None:
         handle.finish("skipped")
         with self._changed:
             self.tally.ended(handle)
+
+    def failed(self, handle: SaveHandle, error: BaseException) -> None:
+        """A save failed before it was launched."""
+        handle.finish("failed", error)
+        with self._changed:
+            self.tally.ended(handle)
+            self._failed.append(handle)
 
     def launch(
         self,
@@ -151,6 +171,7 @@ class Session:
         overlap: bool,
         replace: bool,
         metrics: dict[str, float],
+        member: m.Member | None = None,
     ) -> None:
         """Announce the save to the writer and start its copies.
 
@@ -159,8 +180,9 @@ class Session:
         flight: Flight | None = None
         try:
             size = sum(size for _, _, size in what.spans)
-            flight = Flight(next(self._numbers), handle, arena, size, called)
-            seal = m.Seal(flight.number, what.trees_offset, len(what.trees))
+            attempt = member.attempt if member is not None else ""
+            flight = Flight(next(self._numbers), handle, arena, size, called, attempt)
+            seal = m.Seal(flight.number, what.trees_offset, len(what.trees) - what.shares, what.shares)
             while True:
                 writer = self._link.ensure()
                 with self._changed:
@@ -172,7 +194,8 @@ class Session:
                 self._shared.add(arena.id)
                 arena.before_close.append(partial(self._forget, arena.id))
             spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
-            writer.send(m.Begin(flight.number, handle.step, arena.id, spans, replace, metrics, what.omitted, exports))
+            about = handle.step, arena.id, spans, replace, metrics, what.omitted, exports, member
+            writer.send(m.Begin(flight.number, *about))
             staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
             flight.snapshot = self._snapshotter.take(
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
@@ -205,6 +228,42 @@ class Session:
             self._pool.give_back(flight.arena)
             self._changed.notify_all()
 
+    # Saves of several ranks
+
+    def reserve(self, step: int, attempt: str) -> None:
+        """Let ranks write under `attempt`: the writer takes nothing there for a leftover.
+
+        Raises:
+            CheckpointError: there is no writer, and none can be started.
+        """
+        self._link.call(partial(m.Reserve, step=step, attempt=attempt))
+
+    def release(self, step: int, attempt: str) -> None:
+        self._link.send(m.Release(step, attempt))
+
+    def look(self, attempt: str) -> None:
+        """Something has changed in the storage of what is saved under `attempt`."""
+        flight = self._flight_of(attempt)
+        if flight is not None:
+            self._link.send(m.Look(flight.number))
+
+    def abort(self, attempt: str, error: CheckpointError) -> None:
+        """Another rank has failed at what is saved under `attempt`: so it fails here, if it is not too late."""
+        flight = self._flight_of(attempt)
+        if flight is not None:
+            with self._changed:
+                flight.error = flight.error or error
+            self._link.send(m.Drop(flight.number))
+
+    def attempt_of(self, error: BaseException) -> str:
+        """Under what the save was known to several ranks that failed with `error`; empty where it was to none."""
+        with self._changed:
+            return next((handle.attempt for handle in self._failed if handle.error is error), "")
+
+    def _flight_of(self, attempt: str) -> Flight | None:
+        with self._changed:
+            return next((f for f in self._flights.values() if f.attempt == attempt and not f.released), None)
+
     # What the writer says
 
     def _hear(self, reply: OfSave) -> None:
@@ -213,7 +272,11 @@ class Session:
             if flight is not None and isinstance(reply, m.Progress):
                 flight.written = reply.written
                 self._changed.notify_all()
-        if flight is not None and not isinstance(reply, m.Progress):
+        if flight is None or isinstance(reply, m.Progress):
+            return
+        if isinstance(reply, m.Ready):
+            self._on_ready(flight.attempt)
+        else:
             self._settle(flight, reply)
 
     def _settle(self, flight: Flight, reply: m.Committed | m.Failed | m.Dropped) -> None:

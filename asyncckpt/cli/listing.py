@@ -94,6 +94,7 @@ def _file_of(run: Catalog, step: int, part: str) -> str:
     from asyncckpt.read.reader import CheckpointReader
 
     with CheckpointReader(run, step) as reader:
+        reader.check_alone()
         stored = reader.part(part)
     file = stored.file
     if stored.size and file is None:

@@ -36,6 +36,8 @@ class Manifest(msgspec.Struct, frozen=True):
     `parts` are those that it has, `exports` those of them that are for reading only: no training is resumed from
     them. `omitted` are the parts of the state that were left out of this save.
     `finite` is whether all floating tensors are, null where nobody looked.
+
+    `world` is how many ranks saved it together: one has one record, several have one each (`format.ranks`).
     """
 
     step: int
@@ -50,6 +52,11 @@ class Manifest(msgspec.Struct, frozen=True):
     exports: list[str] = []
     finite: bool | None = None
     format: int = VERSION
+
+    @property
+    def records(self) -> list[str]:
+        """The names of the prepare records, by rank."""
+        return [names.RECORD] if self.world == 1 else [names.rank_record(rank) for rank in range(self.world)]
 
     @property
     def complete(self) -> bool:
@@ -179,13 +186,12 @@ def decode_manifest(data: bytes, step: int) -> Manifest:
     fits = (
         manifest.step == step
         and names.is_attempt(manifest.attempt)
-        and manifest.world >= 1
-        and names.RECORD in manifest.files
+        and 1 <= manifest.world <= min(names.MAX_WORLD, len(manifest.files))
+        and all(name in manifest.files and manifest.files[name].size <= MAX_RECORD for name in manifest.records)
         and all(names.is_data_file(name) and file.size >= 0 for name, file in manifest.files.items())
         and all(names.is_part(part) for part in (*manifest.parts, *manifest.omitted))
         and not set(manifest.omitted) & set(manifest.parts)
         and set(manifest.exports) <= set(manifest.parts)
-        and manifest.files[names.RECORD].size <= MAX_RECORD
     )
     if not fits:
         raise CorruptCheckpointError(f"{what}: its members contradict each other or its place", step=step)
@@ -199,9 +205,7 @@ def decode_record(data: bytes, manifest: Manifest) -> PrepareRecord:
         CorruptCheckpointError: it is not the one of the manifest, or its chunk tables do not add up.
     """
     step, what = manifest.step, f"{names.RECORD} of step {manifest.step}"
-    known = manifest.files[names.RECORD]
-    if len(data) != known.size or digest(data) != known.digest:
-        raise CorruptCheckpointError(f"{what}: its size or digest is not that of the manifest", step=step)
+    check_record_bytes(data, names.RECORD, manifest)
     record = unseal(data, PrepareRecord, what)
     if (record.step, record.attempt) != (step, manifest.attempt) or sorted(record.parts) != sorted(manifest.parts):
         raise CorruptCheckpointError(f"{what}: it belongs to another attempt than the manifest names", step=step)
@@ -209,11 +213,29 @@ def decode_record(data: bytes, manifest: Manifest) -> PrepareRecord:
     if files != manifest.files.keys() - {names.RECORD}:
         raise CorruptCheckpointError(f"{what}: its files are not those of the manifest", step=step)
     for name, part in record.parts.items():
-        _check_part(name, part, manifest)
+        check_part(name, part, manifest)
     return record
 
 
-def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
+def check_record_bytes(data: bytes, name: str, manifest: Manifest) -> None:
+    """Hold the bytes of the record `name` against the manifest.
+
+    Raises:
+        CorruptCheckpointError: it is not the one that the manifest vouches for.
+    """
+    known = manifest.files[name]
+    if len(data) != known.size or digest(data) != known.digest:
+        what = f"{name} of step {manifest.step}"
+        raise CorruptCheckpointError(f"{what}: its size or digest is not that of the manifest", step=manifest.step)
+
+
+def check_part(name: str, part: PartRecord, manifest: Manifest, rank: int | None = None) -> None:
+    """Hold one part of a record, of one of several ranks if `rank` is given, against the manifest.
+
+    Raises:
+        CorruptCheckpointError: its chunk table does not add up, or is not that of its file.
+    """
+
     def corrupt(why: str) -> CorruptCheckpointError:
         return CorruptCheckpointError(f"step {manifest.step}, part {name!r}: {why}", step=manifest.step, part=name)
 
@@ -224,7 +246,7 @@ def _check_part(name: str, part: PartRecord, manifest: Manifest) -> None:
         return
     if part.files or part.coded:
         raise corrupt("it is stored in two ways")
-    if part.file != names.image_file(name):
+    if part.file != names.image_file(name, rank):
         raise corrupt(f"its file bears the name {part.file!r}")
     if part.size <= 0 or not 4096 <= part.chunk_size <= 1 << 30:
         raise corrupt("its sizes are out of bounds")

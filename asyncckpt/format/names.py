@@ -13,9 +13,15 @@ SUFFIX = ".safetensors"
 CODED, STILL = ".coded", ".still"
 """Suffixes of files whose bytes are not an image: chunks of one, coded; those that have not changed lie apart."""
 
+MAX_WORLD = 99_999
+"""The most ranks that a checkpoint can be of."""
+
 _STEP = re.compile(r"step-(\d{8,19})")
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
-_TEMPORARY = re.compile(r"\.[a-z]+\.json-[0-9a-f]{12}\.tmp")
+_TEMPORARY = re.compile(r"\.[a-z]+(-[0-9]{5})?\.json-[0-9a-f]{12}\.tmp")
+_RANK_RECORD = re.compile(r"rank-[0-9]{5}\.json")
+_OF_RANK = re.compile(r"(.*)\.rank-[0-9]{5}", re.DOTALL)
+_NONCE = re.compile(r"\.asyncckpt\.nonce-[0-9a-f]{12}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 PART_RULE = "1-64 letters, digits, '_' or '-', not starting with '-'"
 
@@ -59,8 +65,14 @@ def export_part(part: str, dtype: str) -> str:
     return f"{part}-{dtype}"
 
 
-def image_file(part: str) -> str:
-    return part + SUFFIX
+def image_file(part: str, rank: int | None = None) -> str:
+    """The file of a part's image, or of the share of one of several ranks."""
+    return f"{part}{SUFFIX}" if rank is None else f"{part}.rank-{rank:05d}{SUFFIX}"
+
+
+def rank_record(rank: int) -> str:
+    """The prepare record of one of several ranks."""
+    return f"rank-{rank:05d}.json"
 
 
 def coded_file(part: str, attempt: str, suffix: str) -> str:
@@ -77,9 +89,20 @@ def part_of_coded(name: str) -> str | None:
 
 def is_data_file(name: str) -> bool:
     """Whether `name` is a file that an attempt may hold."""
-    if name == RECORD or part_of_coded(name) is not None:
+    if name == RECORD or _RANK_RECORD.fullmatch(name) or part_of_coded(name) is not None:
         return True
-    return name.endswith(SUFFIX) and is_part(name.removesuffix(SUFFIX))
+    stem = name.removesuffix(SUFFIX)
+    of_rank = _OF_RANK.fullmatch(stem)
+    return stem != name and is_part(of_rank[1] if of_rank else stem)
+
+
+def new_nonce() -> str:
+    """A fresh name for the file by which ranks find out whether they see the same directory."""
+    return f".asyncckpt.nonce-{new_attempt()}"
+
+
+def is_nonce(name: str) -> bool:
+    return _NONCE.fullmatch(name) is not None
 
 
 def temporary(name: str) -> str:

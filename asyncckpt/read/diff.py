@@ -54,7 +54,10 @@ def diff(before: CheckpointReader, after: CheckpointReader) -> list[PartDiff]:
 
     Raises:
         CorruptCheckpointError: what had to be read of either is damaged.
+        NotSupportedError: either was saved by several ranks.
     """
+    before.check_alone()
+    after.check_alone()
     names = dict.fromkeys([*before.parts, *after.parts])
     return [_part(before, after, name) for name in names]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSupportedError
 from asyncckpt.format import names
 from asyncckpt.format.image import MAX_HEADER, Entry, header_size, parse_header
 from asyncckpt.format.manifest import Manifest, PartRecord, PrepareRecord, decode_record
+from asyncckpt.format.ranks import RankRecord, SharePart, decode_rank_records
 from asyncckpt.read.pieces import Bench, PieceReader
 from asyncckpt.storage.base import ReadableFile
 
@@ -36,8 +37,40 @@ class PartImage:
     entries: dict[str, Entry]
 
 
+class SparseImage:
+    """An image of which only the chunks are read that are asked for, each verified."""
+
+    def __init__(self, reader: CheckpointReader, part: str, record: PartRecord, chunks: _Chunks) -> None:
+        self._reader, self._part, self._record, self._chunks = reader, part, record, chunks
+        self._fetched: set[int] = set()
+        self.buffer = allocate(record.size)
+
+    def fetch(self, *spans: tuple[int, int]) -> None:
+        """Read what is not there yet of these bytes, from start to end.
+
+        Raises:
+            CorruptCheckpointError: a chunk is missing, short, or not what was committed.
+        """
+        size = self._record.chunk_size
+        wanted = {i for start, end in spans for i in range(start // size, -(-end // size))} - self._fetched
+        with ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
+            for _ in pool.map(self._read, sorted(wanted)):
+                pass
+        self._fetched |= wanted
+
+    def _read(self, index: int) -> None:
+        self._chunks.read_into(index, _slice(self._record, index, self.buffer))
+
+    def entries(self) -> dict[str, Entry]:
+        """What its header says."""
+        return self._reader._entries(self._part, self._record, self.buffer, lambda *span: self.fetch(span))
+
+
 class CheckpointReader:
-    """The checkpoint of `step`. Opening it reads and verifies its manifest and prepare record.
+    """The checkpoint of `step`, as `rank` finds it. Opening it reads and verifies its manifest and prepare records.
+
+    What several ranks saved is read as a whole; of what each of them had of its own (see `is_common`) it is that of
+    `rank`, and of rank 0 where there was no such rank.
 
     Until it is closed the run's owner deletes nothing that it reads, whichever process it is in.
 
@@ -46,12 +79,14 @@ class CheckpointReader:
         CorruptCheckpointError: a record is damaged.
     """
 
-    def __init__(self, catalog: Catalog, step: int) -> None:
+    def __init__(self, catalog: Catalog, step: int, rank: int = 0) -> None:
         self._storage = catalog.storage
         self._hold = catalog.hold(step)
         self.manifest: Manifest = catalog.manifest(step)
         self._folder = f"{names.step_name(step)}/{self.manifest.attempt}"
-        self._record: PrepareRecord = self._read_record()
+        self._records = self._read_records()
+        self.rank = rank if rank < self.manifest.world else 0
+        self._record = self._records[self.rank]
 
     def close(self) -> None:
         if self._hold is not None:
@@ -74,9 +109,22 @@ class CheckpointReader:
     def tree(self, part: str) -> Node:
         """The leaf tree of `part`, as JSON gave it."""
         try:
-            return msgspec.json.decode(self.part(part).tree)
+            return msgspec.json.decode(self._tree_of(part))
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-            raise self._corrupt(part, f"its leaf tree is not JSON: {error}") from error
+            raise self.corrupt(part, f"its leaf tree is not JSON: {error}") from error
+
+    def _tree_of(self, part: str) -> msgspec.Raw:
+        record = self.part(part)
+        return self._records[0].parts[part].tree if isinstance(record, SharePart) and record.same else record.tree
+
+    def is_common(self, part: str) -> bool:
+        """Whether all ranks that saved `part` together had the same of it, but for shards of its tensors."""
+        return all(isinstance(share, SharePart) and share.same for share in self.shares(part)[1:])
+
+    def shares(self, part: str) -> list[PartRecord]:
+        """What each rank has of `part`."""
+        self.part(part)
+        return [record.parts[part] for record in self._records]
 
     def part(self, part: str) -> PartRecord:
         try:
@@ -94,42 +142,53 @@ class CheckpointReader:
             CorruptCheckpointError: a chunk is missing, short, or not what was committed.
         """
         record = self.part(part)
+        if self.manifest.world > 1:
+            from asyncckpt.read.assemble import assemble
+
+            return assemble(self, part, None if keys is None else dict.fromkeys(keys))
         if not record.size:
             for key in keys or ():
-                raise self._no_tensor(part, key)
+                raise self.no_tensor(part, key)
             return PartImage(memoryview(b""), {})
-        with self._open(part, record) as chunks, ThreadPoolExecutor(THREADS, "asyncckpt-read") as pool:
-            buffer = _allocate(record.size)
-            fetched: set[int] = set()
-
-            def fetch(start: int, end: int) -> None:
-                wanted = set(range(start // record.chunk_size, -(-end // record.chunk_size))) - fetched
-                for _ in pool.map(lambda i: chunks.read_into(i, _slice(record, i, buffer)), sorted(wanted)):
-                    pass
-                fetched.update(wanted)
-
+        with self.sparse(part, record) as image:
             if keys is None:
-                fetch(0, record.size)
-            entries = self._entries(part, record, buffer, fetch)
+                image.fetch((0, record.size))
+            entries = image.entries()
             for key in keys or ():
                 if key not in entries:
-                    raise self._no_tensor(part, key)
-                fetch(entries[key].offset, entries[key].offset + entries[key].nbytes)
-        return PartImage(buffer, entries)
+                    raise self.no_tensor(part, key)
+            image.fetch(*(place(entries[key]) for key in keys or ()))
+        return PartImage(image.buffer, entries)
+
+    @contextmanager
+    def sparse(self, part: str, record: PartRecord) -> Iterator[SparseImage]:
+        """The image of a part, or of one rank's share, to be read by and by. There must be one.
+
+        Raises:
+            CorruptCheckpointError: its file is missing, or has another size.
+        """
+        with self._open(part, record) as chunks:
+            yield SparseImage(self, part, record, chunks)
 
     def entries(self, part: str) -> dict[str, Entry]:
         """The tensors in the image of `part`; only the chunks that hold its header are read.
+
+        What several ranks saved is told of as if it were whole, but for where it lies.
 
         Raises:
             CheckpointNotFoundError: no such part.
             CorruptCheckpointError: one of these chunks is not what was committed, or the header makes no sense.
         """
         record = self.part(part)
+        if self.manifest.world > 1:
+            from asyncckpt.read.assemble import whole_entries
+
+            return whole_entries(self, part)
         if not record.size:
             return {}
         room = -(-(8 + MAX_HEADER) // record.chunk_size) * record.chunk_size
         with self._open(part, record) as chunks:
-            buffer = _allocate(min(record.size, room))
+            buffer = allocate(min(record.size, room))
             fetched: set[int] = set()
 
             def fetch(start: int, end: int) -> None:
@@ -139,21 +198,34 @@ class CheckpointReader:
 
             return self._entries(part, record, buffer, fetch)
 
+    def check_alone(self) -> None:
+        """
+        Raises:
+            NotSupportedError: several ranks saved it, so that no part has one image.
+        """
+        if self.manifest.world > 1:
+            raise NotSupportedError(
+                f"step {self.step} was saved by {self.manifest.world} ranks, and what they have is not put together "
+                "here yet. asyncckpt.load reads it whole; a save of one process makes a checkpoint of one file a part."
+            )
+
     @contextmanager
     def chunks(self, part: str) -> Iterator[Callable[[int], memoryview]]:
         """A function that gives a chunk of the image of `part` by its number, verified, in memory of its own.
 
         Raises:
             CheckpointNotFoundError: no such part, or it has no image.
+            NotSupportedError: several ranks saved it, and it has several images.
             CorruptCheckpointError, from that function: the chunk is missing, short, or not what was committed.
         """
+        self.check_alone()
         record = self.part(part)
         if not record.size:
             raise CheckpointNotFoundError(f"step {self.step}, part {part!r} holds no tensors")
         with self._open(part, record) as chunks:
 
             def read(index: int) -> memoryview:
-                chunk = _allocate(min(record.chunk_size, record.size - index * record.chunk_size))
+                chunk = allocate(min(record.chunk_size, record.size - index * record.chunk_size))
                 chunks.read_into(index, chunk)
                 return chunk
 
@@ -167,7 +239,7 @@ class CheckpointReader:
         Raises:
             CorruptCheckpointError: where a byte is not what was committed.
         """
-        for name, record in self._record.parts.items():
+        for name, record in ((part, share) for part in self.parts for share in self.shares(part)):
             self.tree(name)
             if not record.size:
                 continue
@@ -177,39 +249,43 @@ class CheckpointReader:
             ):
 
                 def check(index: int, length: int, record: PartRecord = record, chunks: _Chunks = chunks) -> None:
-                    chunks.read_into(index, _allocate(length))
+                    chunks.read_into(index, allocate(length))
                     if on_bytes is not None:
                         on_bytes(sum(piece.stored for piece in record.pieces(index)))
 
                 for _ in pool.map(check, count(), record.lengths):
                     pass
 
-    def _read_record(self) -> PrepareRecord:
-        key = f"{self._folder}/{names.RECORD}"
+    def _read_records(self) -> Sequence[PrepareRecord | RankRecord]:
+        """By rank."""
+        if self.manifest.world == 1:
+            return [decode_record(self._read_record(names.RECORD), self.manifest)]
+        return decode_rank_records(map(self._read_record, self.manifest.records), self.manifest)
+
+    def _read_record(self, name: str) -> bytes:
         try:
-            data = self._storage.read(key, self.manifest.files[names.RECORD].size)
+            return self._storage.read(f"{self._folder}/{name}", self.manifest.files[name].size)
         except FileNotFoundError:
             raise CorruptCheckpointError(
-                f"step {self.step}: {names.RECORD} is missing from {self._storage.url}/{self._folder}", step=self.step
+                f"step {self.step}: {name} is missing from {self._storage.url}/{self._folder}", step=self.step
             ) from None
-        return decode_record(data, self.manifest)
 
     @contextmanager
     def _open(self, part: str, record: PartRecord, *, cached: bool = True) -> Iterator[_Chunks]:
         """The chunks of `part`, whose files are as long as they were when committed."""
         with ExitStack() as stack:
             files = [self._open_file(part, name, cached, stack) for name in record.data_files]
-            yield _Chunks(PieceReader(record, files), partial(self._corrupt, part))
+            yield _Chunks(PieceReader(record, files), partial(self.corrupt, part))
 
     def _open_file(self, part: str, name: str, cached: bool, stack: ExitStack) -> ReadableFile:
         try:
             file = self._storage.open(f"{self._folder}/{name}", cached=cached)
         except FileNotFoundError:
-            raise self._corrupt(part, f"{name} is missing from {self._storage.url}/{self._folder}") from None
+            raise self.corrupt(part, f"{name} is missing from {self._storage.url}/{self._folder}") from None
         stack.callback(file.close)
         committed = self.manifest.files[name].size
         if file.size != committed:
-            raise self._corrupt(part, f"{name} has {file.size} bytes, not the {committed} committed")
+            raise self.corrupt(part, f"{name} has {file.size} bytes, not the {committed} committed")
         return file
 
     def _entries(
@@ -223,12 +299,12 @@ class CheckpointReader:
         except CorruptCheckpointError as error:
             if error.part is not None:
                 raise
-            raise self._corrupt(part, str(error), tensor=error.tensor) from error
+            raise self.corrupt(part, str(error), tensor=error.tensor) from error
 
-    def _no_tensor(self, part: str, key: str) -> CheckpointNotFoundError:
+    def no_tensor(self, part: str, key: str) -> CheckpointNotFoundError:
         return CheckpointNotFoundError(f"step {self.step}, part {part!r} has no tensor {key!r}")
 
-    def _corrupt(
+    def corrupt(
         self, part: str, why: str, tensor: str | None = None, chunk: int | None = None
     ) -> CorruptCheckpointError:
         message = f"step {self.step}, part {part!r}: {why}"
@@ -256,7 +332,12 @@ def _slice(record: PartRecord, index: int, image: memoryview) -> memoryview:
     return image[index * record.chunk_size : (index + 1) * record.chunk_size]
 
 
-def _allocate(size: int) -> memoryview:
+def place(entry: Entry) -> tuple[int, int]:
+    """Where it begins and ends in its image."""
+    return entry.offset, entry.offset + entry.nbytes
+
+
+def allocate(size: int) -> memoryview:
     """Zero pages that are taken when touched, huge ones where the system gives them (not to shared memory)."""
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= 4 << 20:

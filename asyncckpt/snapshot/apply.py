@@ -21,8 +21,9 @@ from torch.optim import Optimizer
 from asyncckpt.errors import StateMismatchError
 from asyncckpt.format.tree import Path, show
 from asyncckpt.snapshot import dtypes
-from asyncckpt.snapshot.flatten import is_stateful
+from asyncckpt.snapshot.flatten import is_stateful, unwrapped
 from asyncckpt.snapshot.rng import RngState, unfit
+from asyncckpt.snapshot.sharded import local
 
 Rename = Callable[[str], str] | Mapping[str, str]
 
@@ -74,20 +75,21 @@ def rename_keys(live: Any, saved: Any, rename: Rename | None) -> Any:
         return saved
     renamed: Any = saved.copy()  # of the same kind: an ordered dict, a counter, a defaultdict
     renamed.clear()
-    renamed.update({_renamed(key, rename) if isinstance(key, str) else key: item for key, item in saved.items()})
+    renamed.update({new_name(key, rename) if isinstance(key, str) else key: item for key, item in saved.items()})
     if len(renamed) < len(saved):
-        names = Counter(_renamed(key, rename) for key in saved if isinstance(key, str))
+        names = Counter(new_name(key, rename) for key in saved if isinstance(key, str))
         twice = [name for name, count in names.items() if count > 1]
         raise StateMismatchError(f"rename= gives several keys of the checkpoint one name: {', '.join(twice)}")
     if hasattr(saved, "_metadata"):
         renamed._metadata = type(saved._metadata)(
-            (_renamed(key + ".", rename).removesuffix(".") if key else key, item)
+            (new_name(key + ".", rename).removesuffix(".") if key else key, item)
             for key, item in saved._metadata.items()
         )
     return renamed
 
 
-def _renamed(key: str, rename: Rename) -> str:
+def new_name(key: str, rename: Rename) -> str:
+    """What `rename` makes of one key."""
     if not isinstance(rename, Mapping):
         return rename(key)
     for prefix, other in rename.items():
@@ -99,7 +101,7 @@ def _renamed(key: str, rename: Rename) -> str:
 def fit(live: Any, saved: Any, path: Path, found: Mismatch) -> None:
     """Compare a live value with a saved one, and note what differs in `found`. Changes nothing."""
     if isinstance(live, torch.nn.Module):
-        _fit_module(live, saved, path, found)
+        _fit_module(unwrapped(live), saved, path, found)
     elif isinstance(live, Optimizer):
         _fit_optimizer(live, saved, path, found)
     elif isinstance(live, RngState):
@@ -213,6 +215,7 @@ def _form(value: Any) -> str:
 def apply(live: Any, saved: Any, strict: bool) -> Any:
     """Write `saved` into `live` where that can be done in place, and return what belongs in its place."""
     if isinstance(live, torch.nn.Module):
+        live = unwrapped(live)
         with _writing(itertools.chain(live.parameters(), live.buffers())):
             live.load_state_dict(saved, strict=strict)
         return live
@@ -250,10 +253,11 @@ def apply(live: Any, saved: Any, strict: bool) -> Any:
 
 
 def _write_tensor(live: torch.Tensor, saved: torch.Tensor) -> None:
-    """Copy in place; dimensions that are one item over and over are written once.
+    """Copy in place, of DTensors what lies here; dimensions that are one item over and over are written once.
 
     The same dtype is copied as bytes: there are dtypes that torch can hold and not copy.
     """
+    live, saved = local(live), local(saved)
     for dimension, stride in enumerate(live.stride()):
         if stride == 0 and live.shape[dimension] > 1:
             live, saved = live.narrow(dimension, 0, 1), saved.narrow(dimension, 0, 1)

@@ -58,7 +58,8 @@ class Description:
 
     `omitted` are the parts of the state that it will not have, `exports` those of `parts` that are casts of others, and
     the names of these; `optimizers` are those of the whole state, for what
-    they own is theirs whether they are saved or not.
+    they own is theirs whether they are saved or not. Of one of several ranks, the last `shares` bytes of `trees` say
+    what it has of which tensor (see `write.messages.Seal`).
     """
 
     parts: dict[str, Part]
@@ -69,6 +70,7 @@ class Description:
     optimizers: list[Optimizer]
     omitted: list[str]
     exports: dict[str, str]
+    shares: int = 0
 
 
 class Describer:
@@ -98,16 +100,9 @@ class Describer:
         self._parts.update(parts)
         exports = {names.export_part(name, dtype): name for name, dtype in self._exports.items() if name in parts}
         parts |= {export: part for export, name in exports.items() if (part := parts[name].export) is not None}
-        spans, position = [], 0
-        for name, part in parts.items():
-            size = part.plan.image.size if part.plan.specs else 0
-            spans.append((name, position, size))
-            position += -(-size // PAGE) * PAGE
         trees = msgspec.json.encode({name: msgspec.Raw(part.tree) for name, part in parts.items()})
         optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
-        omitted = [name for name in state if name not in picked]
-        size = position + len(trees) + len(trees) // 4 + PAGE
-        return Description(parts, spans, trees, position, size, optimizers, omitted, exports)
+        return placed(parts, trees, optimizers, [name for name in state if name not in picked], exports)
 
     def _describe_part(self, name: str, value: Any) -> Part:
         known = self._parts.get(name)
@@ -158,6 +153,24 @@ class Describer:
             for i, (group, raw) in enumerate(zip(optimizer.param_groups, params, strict=True))
         ]
         return None if flattener.leaves else msgspec.json.encode({"state": state, "param_groups": groups})
+
+
+def placed(
+    parts: dict[str, Part],
+    trees: bytes,
+    optimizers: list[Optimizer],
+    omitted: list[str],
+    exports: dict[str, str],
+    shares: int = 0,
+) -> Description:
+    """Give each part its place in an arena, one after the other, the trees behind them."""
+    spans, position = [], 0
+    for name, part in parts.items():
+        size = part.plan.image.size if part.plan.specs else 0
+        spans.append((name, position, size))
+        position += -(-size // PAGE) * PAGE
+    size = position + len(trees) + len(trees) // 4 + PAGE
+    return Description(parts, spans, trees, position, size, optimizers, omitted, exports, shares)
 
 
 def _place(tensor: torch.Tensor) -> _Place:

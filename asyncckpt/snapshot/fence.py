@@ -16,6 +16,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from asyncckpt.snapshot.sharded import local
+
 _seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 _flights: dict[int, Flight] = {}
 _clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
@@ -130,9 +132,9 @@ def _tensors_of(optimizers: Iterable[Optimizer]) -> tuple[list[torch.Tensor], li
         if any(group.get("capturable") for group in optimizer.param_groups):
             continue
         for group in optimizer.param_groups:
-            tensors.extend(group["params"])
+            tensors.extend(map(local, group["params"]))
             params.extend(map(id, group["params"]))
         for entry in optimizer.state.values():
             if isinstance(entry, dict):
-                tensors.extend(value for value in entry.values() if isinstance(value, torch.Tensor))
+                tensors.extend(local(value) for value in entry.values() if isinstance(value, torch.Tensor))
     return tensors, params

@@ -19,19 +19,22 @@ import torch
 from asyncckpt.errors import UnsupportedStateError
 from asyncckpt.format.tree import TAG, Encoder, Node, Path, show, unsupported
 from asyncckpt.snapshot import dtypes
+from asyncckpt.snapshot.sharded import Shard, is_dtensor, local, shard_of
 
 
 @dataclass(slots=True)
 class Leaf:
     """A tensor found in the state. `node` is its place in the leaf tree, completed when its place is known.
 
-    `made` says that `tensor` was made of the value at this walk, and does not follow what becomes of the value.
+    `made` says that `tensor` was made of the value at this walk, and may not follow what becomes of the value. Of a
+    DTensor it is the local part, and `shard` says which that is.
     """
 
     path: Path
     tensor: torch.Tensor
     node: dict[str, Any]
     made: bool
+    shard: Shard | None = None
 
 
 class Flattener(Encoder):
@@ -59,6 +62,10 @@ class Flattener(Encoder):
 
     def tensor(self, value: torch.Tensor, path: Path) -> Node:
         node: dict[str, Any] = {TAG: "tensor"}
+        if is_dtensor(value):
+            part = _storable(local(value), path)
+            self.leaves.append(Leaf(path, part, node, made=True, shard=shard_of(value, path)))
+            return node
         stored = _storable(value, path)
         self.leaves.append(Leaf(path, stored, node, made=stored is not value))
         return node
@@ -70,7 +77,7 @@ class Flattener(Encoder):
         return node
 
     def _module(self, value: torch.nn.Module, path: Path) -> Node:
-        state = value.state_dict(keep_vars=True)
+        state = unwrapped(value).state_dict(keep_vars=True)
         metadata = getattr(state, "_metadata", None)
         if type(state) not in (dict,) and metadata is None:
             return self.encode(state, path)
@@ -79,6 +86,11 @@ class Flattener(Encoder):
             "v": self.encode(dict(state), path),
             "m": None if metadata is None else self.encode(dict(metadata), path),
         }
+
+
+def unwrapped(value: torch.nn.Module) -> torch.nn.Module:
+    """The module that a DistributedDataParallel wraps: whether it does so is no part of the state."""
+    return value.module if isinstance(value, torch.nn.parallel.DistributedDataParallel) else value
 
 
 def is_stateful(value: Any) -> bool:

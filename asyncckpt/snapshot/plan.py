@@ -17,9 +17,10 @@ import torch
 
 from asyncckpt.errors import UnsupportedStateError
 from asyncckpt.format.image import Image, Spec, layout
-from asyncckpt.format.tree import TAG
+from asyncckpt.format.tree import TAG, show
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.flatten import Leaf
+from asyncckpt.snapshot.sharded import Shard
 
 _ALIGN = 16
 """What bytes that hold items of unknown width are aligned to, where their size is a multiple of it."""
@@ -30,13 +31,14 @@ class Source:
     """What is copied to one entry. `data` shares the memory of `live`, the tensors of the state that it stands for.
 
     `contiguous` says whether its bytes are the entry's bytes as they lie, but for the `cast`: the dtype of the entry,
-    where it is another than that of `data`.
+    where it is another than that of `data`. Of a DTensor, `shard` is where the entry lies in what the tree names.
     """
 
     data: torch.Tensor
     live: list[torch.Tensor]
     contiguous: bool
     cast: torch.dtype | None = None
+    shard: Shard | None = None
 
 
 @dataclass(slots=True)
@@ -156,7 +158,7 @@ class _Builder:
         views: dict[tuple[Any, ...], list[Leaf]] = {}
         for leaf in group.leaves:
             t = leaf.tensor
-            views.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride()), []).append(leaf)
+            views.setdefault((t.data_ptr(), t.dtype, t.shape, t.stride(), leaf.shard), []).append(leaf)
         distinct = list(views.values())
         if len(distinct) == 1 and not _overlaps_itself(distinct[0][0].tensor):
             self.store(distinct[0], group.first)
@@ -165,6 +167,12 @@ class _Builder:
             for same in distinct:
                 self.store(same, group.first)
             return
+        for leaf in group.leaves:
+            if leaf.shard is not None:
+                raise UnsupportedStateError(
+                    f"{show(leaf.path)} is a DTensor whose memory is partly that of another tensor; save one of them",
+                    path=show(leaf.path),
+                )
         self._store_shared(distinct, group)
 
     def store(self, same: list[Leaf], first: int) -> None:
@@ -176,16 +184,20 @@ class _Builder:
         array_leaf = "d" in same[0].node
         width = (cast or t.dtype).itemsize
         shape = tuple(t.shape) if code else (t.numel() * width,)
-        contiguous = t.is_contiguous()
+        contiguous, shard = t.is_contiguous(), same[0].shard
+        whole = tuple(t.shape) if shard is None else shard.shape
+        if shard is not None and code is None:
+            shard = shard.in_bytes(width)
+            shape = shard.size
         self._append(
             Spec(name, code or "U8", shape, math.gcd(_ALIGN, shape[0]) if array_leaf else width, _is_frozen(same)),
-            Source(t.detach(), [leaf.tensor for leaf in same], contiguous, cast),
+            Source(t.detach(), [leaf.tensor for leaf in same], contiguous, cast, shard),
             first,
         )
         extra: dict[str, Any] = {"n": name}
         if code is None:
-            extra |= {"d": dtypes.name(t.dtype), "s": list(t.shape)}
-        if not contiguous and is_dense(t):
+            extra |= {"d": dtypes.name(t.dtype), "s": list(whole)}
+        if shard is None and not contiguous and is_dense(t):
             extra |= {"s": list(t.shape), "st": list(t.stride())}
         for leaf in same:
             leaf.node.update(extra)

@@ -59,8 +59,9 @@ class Storage(Protocol):
         """`FileNotFoundError` where there is none. Without `cached`, bytes that the system holds in memory are not
         taken from there, but read again."""
 
-    def begin(self, folder: str) -> None:
-        """Make room for an attempt under a folder that no attempt has used."""
+    def begin(self, folder: str, *, shared: bool = False) -> None:
+        """Make room for an attempt under a folder that no attempt has used; if it is `shared`, others of the same
+        attempt may have made it already."""
 
     def create(self, key: str, size: int) -> WritableFile:
         """A new file of `size` bytes."""

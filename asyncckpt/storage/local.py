@@ -98,19 +98,24 @@ class LocalStorage:
 
     # Writing
 
-    def begin(self, folder: str) -> None:
+    def begin(self, folder: str, *, shared: bool = False) -> None:
         step, _, _ = folder.partition("/")
         self.make_root()
         with named("make", self.path(folder)):
-            if not self.posix.is_directory(self.path(step)):
-                self._make_step(self.path(step))
-            self.posix.mkdir(self.path(folder))
+            self._make_folder(self.path(step))
+            if shared:
+                self._make_folder(self.path(folder))
+            else:
+                self.posix.mkdir(self.path(folder))
 
-    def _make_step(self, path: str) -> None:
+    def _make_folder(self, path: str) -> None:
+        if self.posix.is_directory(path):
+            return
         try:
             self.posix.mkdir(path)
         except FileExistsError:
-            raise OSError(errno.ENOTDIR, "something that is not a folder bears this name") from None
+            if not self.posix.is_directory(path):  # another rank may have made it meanwhile
+                raise OSError(errno.ENOTDIR, "something that is not a folder bears this name") from None
 
     def make_root(self) -> None:
         """Make the run's directory and the parents it lacks; all names on the way to it are durable on return.

@@ -6,6 +6,7 @@ faults     `FaultyPosix` lets the n-th call of a verb fail, be cut short, stand 
 crash      every disk that a power cut may leave of a recording, and how to make it real
 promises   what must be on such a disk, and the check with real recovery
 service    the real background service, driven without torch
+ranks      the same for several ranks
 suite      `StorageSuite`, the conformance tests of a storage (needs pytest)
 
 None of it imports torch. A recording of a save and all that a power cut may make of it:
@@ -19,6 +20,7 @@ None of it imports torch. A recording of a save and all that a power cut may mak
 from asyncckpt.testing.crash import Cut, Disk, materialised, power_cuts
 from asyncckpt.testing.faults import FaultyPosix, FifoHold, Hold
 from asyncckpt.testing.promises import Promises, examine
+from asyncckpt.testing.ranks import RanksDriver
 from asyncckpt.testing.recording import Note, Operation, RecordingPosix
 from asyncckpt.testing.service import ServiceDriver
 from asyncckpt.testing.wrapping import CHANGES, VERBS, PosixWrapper
@@ -35,6 +37,7 @@ __all__ = [
     "Operation",
     "PosixWrapper",
     "Promises",
+    "RanksDriver",
     "RecordingPosix",
     "ServiceDriver",
     "examine",

@@ -12,7 +12,7 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.errors import CheckpointError, CorruptCheckpointError
 from asyncckpt.format import names
-from asyncckpt.format.manifest import digest
+from asyncckpt.format.manifest import PartRecord, digest
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.records import Record
 from asyncckpt.read.reader import CheckpointReader
@@ -183,8 +183,24 @@ def _examine_step(catalog: Catalog, step: int, found: Examined) -> None:
 
 def content_of(reader: CheckpointReader) -> str:
     """One word for all that a checkpoint holds: equal words, equal bytes and leaf trees."""
-    stored = {part: (reader.image(part).buffer, bytes(reader.part(part).tree)) for part in reader.parts}
-    return content_word(stored)
+    return content_word(
+        {
+            part if reader.manifest.world == 1 else f"{part} of rank {rank}": (
+                _bytes_of(reader, part, share),
+                bytes(share.tree),
+            )
+            for part in reader.parts
+            for rank, share in enumerate(reader.shares(part))
+        }
+    )
+
+
+def _bytes_of(reader: CheckpointReader, part: str, share: PartRecord) -> memoryview:
+    if not share.size:
+        return memoryview(b"")
+    with reader.sparse(part, share) as image:
+        image.fetch((0, share.size))
+        return image.buffer
 
 
 def content_word(parts: Mapping[str, tuple[bytes | memoryview, bytes]]) -> str:

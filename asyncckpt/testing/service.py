@@ -66,6 +66,7 @@ class ServiceDriver:
         direct: bool = True,
         codec: Codec = Codec(),  # noqa: B008
         note: Callable[[Event], None] = lambda event: None,
+        rank: int = 0,
     ) -> None:
         self._note = note
         self._catalog = Catalog(LocalStorage(root, posix))
@@ -75,7 +76,7 @@ class ServiceDriver:
         self._dead: str | None = None
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
-        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec))
+        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank))
         opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
         if isinstance(opened, m.Refused):
             self._writer.join(PATIENCE)
@@ -89,8 +90,19 @@ class ServiceDriver:
         """
         return self.finish(self.begin(step, value, replace=replace))
 
-    def begin(self, step: int, value: Value, *, replace: bool = False) -> int:
-        """Start a save, from an arena of its own; returns its number, for `finish`."""
+    def begin(
+        self,
+        step: int,
+        value: Value,
+        *,
+        replace: bool = False,
+        member: m.Member | None = None,
+        content: str | None = None,
+    ) -> int:
+        """Start a save, from an arena of its own; returns its number, for `finish`.
+
+        With `member` it is one rank's share; `content` is then the word for what all ranks save together.
+        """
         number = next(self._numbers)
         spans, trees = [], {part: tree for part, (_, tree) in value.items()}
         position = 0
@@ -98,17 +110,18 @@ class ServiceDriver:
             spans.append(m.Span(part, position, len(image)))
             position += -(-len(image) // PAGE) * PAGE
         text = msgspec.json.encode(trees)
-        memory = memoryview(mmap.mmap(-1, position + max(PAGE, len(text))))
+        shares = b"" if member is None else b"{}"
+        memory = memoryview(mmap.mmap(-1, position + len(text) + PAGE))
         for span in spans:
             memory[span.offset : span.offset + span.size] = value[span.part][0]
-        memory[position : position + len(text)] = text
-        event = Saved(step, content_of_value(value))
+        memory[position : position + len(text) + len(shares)] = text + shares
+        event = Saved(step, content or content_of_value(value))
         self._events[number] = event
         self._note(Saving(step, event.content))
         self._writer.share(_Arena(number, len(memory), None, memory))
-        self._writer.send(m.Begin(number, step, number, spans, replace))
+        self._writer.send(m.Begin(number, step, number, spans, replace, member=member))
         self._writer.send(m.Staged(number, position))
-        self._writer.send(m.Seal(number, position, len(text)))
+        self._writer.send(m.Seal(number, position, len(text), len(shares)))
         return number
 
     def finish(self, number: int) -> m.Committed:
@@ -119,6 +132,12 @@ class ServiceDriver:
             raise reply.fault.error()
         assert isinstance(reply, m.Committed)
         return reply
+
+    def reserve(self, step: int, attempt: str) -> None:
+        """Let ranks write under `attempt`."""
+        call = next(self._numbers)
+        self._writer.send(m.Reserve(call, step, attempt))
+        self._await(lambda r: isinstance(r, m.Done) and r.call == call)
 
     def delete(self, step: int) -> None:
         self._note(Deleting(step))
@@ -170,7 +189,7 @@ class ServiceDriver:
     def _on_reply(self, reply: m.Reply) -> None:
         number = reply.save if isinstance(reply, m.Committed) else reply.call if isinstance(reply, m.Done) else None
         faulty = isinstance(reply, m.Done) and reply.fault is not None
-        if number is not None and not faulty:
+        if number in self._events and not faulty:
             self._note(self._events[number])
         with self._changed:
             self._replies.append(reply)

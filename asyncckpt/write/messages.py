@@ -1,6 +1,7 @@
 """What trainer and service say to each other: small records, framed by a length on a socketpair.
 
 Trainer to service, for one save:  Begin, Staged (once or more), then Seal or Drop.
+                                   (Of one of several ranks: Reserve before, at rank 0, and Look after.)
 Service to trainer, for one save:  Progress (any number), then exactly one of Committed, Failed, Dropped;
                                    after that the service does not touch the arena again.
                                    (A Drop that crosses this answer is answered Dropped once more.)
@@ -35,6 +36,8 @@ class Fault(msgspec.Struct, frozen=True):
             return cls("ConflictError", str(error), {"pid": error.pid})
         if isinstance(error, errors.CorruptCheckpointError):
             return cls("CorruptCheckpointError", str(error), {"step": error.step})
+        if isinstance(error, errors.RankError):
+            return cls("RankError", str(error), {"rank": error.rank})
         if isinstance(
             error, errors.CheckpointExistsError | errors.CheckpointNotFoundError | errors.CheckpointBusyError
         ):
@@ -52,6 +55,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
 
     `keep` decides what goes after a commit, or, if the service `asks`, the trainer does. With `check_finite` it looks
     for NaN and inf in what it writes. `codec` says how images are stored: see `policy.codec`.
+    Of several ranks the service of rank 0 owns the run; those of the others only write their shares into it.
     """
 
     root: str
@@ -61,6 +65,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     asks: bool = False
     check_finite: bool = False
     codec: Codec = Codec()
+    rank: int = 0
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):
@@ -84,6 +89,18 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
     size: int
 
 
+class Member(msgspec.Struct, frozen=True):
+    """A save is the share of `rank` in that of `world` ranks, under one `attempt`.
+
+    It is committed, for all, within `patience` seconds of being begun, or never.
+    """
+
+    rank: int
+    world: int
+    attempt: str
+    patience: float
+
+
 class Begin(msgspec.Struct, tag=True, frozen=True):
     """A save begins: its images grow in `arena`, in the order of `spans`.
 
@@ -98,6 +115,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     metrics: dict[str, float] = {}
     omitted: list[str] = []
     exports: list[str] = []
+    member: Member | None = None
 
 
 class Staged(msgspec.Struct, tag=True, frozen=True):
@@ -108,11 +126,16 @@ class Staged(msgspec.Struct, tag=True, frozen=True):
 
 
 class Seal(msgspec.Struct, tag=True, frozen=True):
-    """The snapshot is whole, and consistent. Its leaf trees, by part, are the JSON at `offset` of the arena."""
+    """The snapshot is whole, and consistent. Its leaf trees, by part, are the JSON at `offset` of the arena.
+
+    Of one of several ranks, `shares` bytes of JSON follow: by part, the pieces of entries that it has; a part that is
+    not among the trees has the tree of rank 0.
+    """
 
     save: int
     offset: int
     size: int
+    shares: int = 0
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):
@@ -123,6 +146,27 @@ class Drop(msgspec.Struct, tag=True, frozen=True):
 
     save: int
     queued_only: bool = False
+
+
+class Reserve(msgspec.Struct, tag=True, frozen=True):
+    """Ranks will write under `attempt` of `step`: it is no leftover until its save has ended, or `Release`."""
+
+    call: int
+    step: int
+    attempt: str
+
+
+class Release(msgspec.Struct, tag=True, frozen=True):
+    """What was reserved will not be written."""
+
+    step: int
+    attempt: str
+
+
+class Look(msgspec.Struct, tag=True, frozen=True):
+    """Something of this save has changed in the storage: another rank is prepared, or it is decided."""
+
+    save: int
 
 
 class Hurry(msgspec.Struct, tag=True, frozen=True):
@@ -171,6 +215,12 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     written: int
 
 
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """All that this rank writes for a save of several is durable, its prepare record included."""
+
+    save: int
+
+
 class Committed(msgspec.Struct, tag=True, frozen=True):
     """Durable and published. Times are `time.time()`; `size` counts the bytes of all files.
 
@@ -211,14 +261,16 @@ class Retired(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """The answer to Delete and RewindTo."""
+    """The answer to Delete, RewindTo and Reserve."""
 
     call: int
     fault: Fault | None = None
 
 
-Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Hurry | Trust | Delete | RewindTo | Advice | Close
-Reply = Opened | Refused | Progress | Committed | Failed | Dropped | Ask | Retired | Done
+OfRun = Delete | RewindTo | Reserve
+"""What is asked of the run, and answered by Done."""
+Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Look | Hurry | Trust | OfRun | Release | Advice | Close
+Reply = Opened | Refused | Progress | Ready | Committed | Failed | Dropped | Ask | Retired | Done
 
 _LENGTH = struct.Struct("<I")
 

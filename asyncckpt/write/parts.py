@@ -34,7 +34,7 @@ log = logging.getLogger("asyncckpt")
 SHARED_BY = 50
 """Checkpoints that share a file of unchanged chunks before these are written anew: one damaged inode can't take all."""
 
-_NO_TREE = msgspec.Raw(b"null")
+NO_TREE = msgspec.Raw(b"null")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Place:
     folder: str
     attempt: str
     part: str
+    file: str
+    """What its image is called, where that is stored as it is."""
     size: int
     chunk_size: int
     meter: Meter
@@ -79,7 +81,7 @@ class RawPart:
 
     def __init__(self, place: Place, trial: Trial | None = None) -> None:
         self._place, self._trial = place, trial
-        self._name = names.image_file(place.part)
+        self._name = place.file
         self._file = place.storage.create(f"{place.folder}/{self._name}", place.size)
         self._chunks: dict[int, Chunk] = {}
 
@@ -96,7 +98,7 @@ class RawPart:
         with place.meter.writing(0):
             self._file.finish()
         chunks = [self._chunks[i] for i in range(len(self._chunks))]
-        record = PartRecord(_NO_TREE, self._name, place.size, place.chunk_size, chunks)
+        record = PartRecord(NO_TREE, self._name, place.size, place.chunk_size, chunks)
         known = FileRecord(place.size, digest_of_chunks(chunk.digest for chunk in chunks))
         return WrittenPart(record, {self._name: known}, place.size, direct)
 
@@ -232,7 +234,7 @@ class CodedPart:
         shared = [Shared(name, self._uses(name)) for name in used]
         order = {name: i for i, name in enumerate(used)}
         coded = [[msgspec.structs.replace(piece, file=order[name]) for name, piece in pieces] for pieces in table]
-        record = PartRecord(_NO_TREE, None, place.size, place.chunk_size, files=shared, coded=coded)
+        record = PartRecord(NO_TREE, None, place.size, place.chunk_size, files=shared, coded=coded)
         digests = digests_of_files(shared, coded, sizes)
         known = {name: FileRecord(sizes[name], digests[name]) for name in used}
         self.abort()

@@ -8,6 +8,7 @@ the prepare record follows when the snapshot is sealed. Publishing is the servic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.messages import Begin, Seal, Span
 from asyncckpt.write.meter import Meter
-from asyncckpt.write.parts import Base, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
+from asyncckpt.write.parts import NO_TREE, Base, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
 from asyncckpt.write.workers import Workers
 
 if TYPE_CHECKING:  # numpy is loaded only where it is wanted
@@ -46,6 +47,7 @@ class Save:
     seal: Seal | None = None
     dropped: bool = False
     started: bool = False
+    orphaned: bool = False
     written: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -65,6 +67,17 @@ class Save:
                 return
             self.changed.clear()
             await self.changed.wait()
+
+    async def rest(self, seconds: float) -> None:
+        """Wait until something of this save changes, or for `seconds`.
+
+        Raises:
+            DroppedSave: the trainer took the save back meanwhile.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), seconds)
+        self.changed.clear()
+        await self.until(lambda: True)
 
 
 @dataclass(frozen=True)
@@ -126,15 +139,30 @@ class Attempt:
                     tasks[span.part] = group.create_task(self._write_part(span))
         parts = {part: task.result() for part, task in tasks.items()}
         await self._save.until(lambda: self._save.seal is not None)
-        record = self._record(parts)
+        return await self._store_record(parts)
+
+    def last_call(self) -> None:
+        """Called right before the manifest is published; raises where that must not be done any more."""
+
+    async def _store_record(self, parts: Mapping[str, WrittenPart]) -> Prepared:
+        """Make the record, and all names, durable."""
+        step = self._save.begin.step
+        record = encode(PrepareRecord(step=step, attempt=self._attempt, rank=0, parts=self._records(parts)))
         await self._workers.run(self._storage.put, f"{self.folder}/{names.RECORD}", record)
         await self._workers.run(self._storage.settle, self.folder)
-        files = {names.RECORD: FileRecord(len(record), digest(record))}
+        return self._prepared_of({names.RECORD: FileRecord(len(record), digest(record))}, parts)
+
+    def _prepared_of(self, records: dict[str, FileRecord], parts: Mapping[str, WrittenPart]) -> Prepared:
+        files = dict(records)
         for part in parts.values():
             files |= part.files
-        written = len(record) + sum(part.written for part in parts.values())
+        written = sum(record.size for record in records.values()) + sum(part.written for part in parts.values())
         direct = any(part.direct for part in parts.values())
-        return Prepared(self._attempt, files, direct, written, parts, self._nonfinite())
+        return Prepared(self._attempt, files, direct, written, dict(parts), self._nonfinite())
+
+    def _file(self, part: str) -> str:
+        """What the raw image of a part is called."""
+        return names.image_file(part)
 
     async def _write_part(self, span: Span) -> WrittenPart:
         writer = await self._writer(span)
@@ -152,7 +180,8 @@ class Attempt:
             raise
 
     async def _writer(self, span: Span) -> PartWriter:
-        place = Place(self._storage, self.folder, self._attempt, span.part, span.size, CHUNK_SIZE, self.meter)
+        about = self._attempt, span.part, self._file(span.part), span.size
+        place = Place(self._storage, self.folder, *about, CHUNK_SIZE, self.meter)
         if self._coding is None:
             return await self._workers.run(RawPart, place)
         entries = await self._entries(span)
@@ -196,22 +225,22 @@ class Attempt:
         self._save.written += end - start
         self._progress(self._save)
 
-    def _record(self, written: Mapping[str, WrittenPart]) -> bytes:
-        begin, seal = self._save.begin, self._save.seal
+    def _records(self, written: Mapping[str, WrittenPart]) -> dict[str, PartRecord]:
+        """The parts, by name; one that has no tree of its own (see `Seal`) with a null in its place."""
+        seal = self._save.seal
         assert seal is not None
         trees = msgspec.json.decode(
             self._save.memory[seal.offset : seal.offset + seal.size], type=dict[str, msgspec.Raw]
         )
         nonfinite = self._nonfinite()
-        parts = {
+        return {
             span.part: msgspec.structs.replace(
-                written[span.part].record if span.part in written else PartRecord(trees[span.part]),
-                tree=trees[span.part],
+                written[span.part].record if span.part in written else PartRecord(NO_TREE),
+                tree=trees.get(span.part, NO_TREE),
                 nonfinite=None if nonfinite is None else nonfinite[span.part],
             )
-            for span in begin.spans
+            for span in self._save.begin.spans
         }
-        return encode(PrepareRecord(step=begin.step, attempt=self._attempt, rank=0, parts=parts))
 
 
 def _hop(writer: PartWriter, index: int, start: int, data: memoryview, scan: FiniteScan | None) -> None:

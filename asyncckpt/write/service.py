@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from errno import EIO
+from functools import partial
 from typing import Any
 
 from asyncckpt.catalog.custody import Custody
@@ -29,6 +30,7 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.parts import Base, BaseGone, Coding
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
+from asyncckpt.write.ranks import Share
 from asyncckpt.write.retention import Retention
 from asyncckpt.write.workers import Workers, available_cores
 
@@ -60,6 +62,7 @@ class Service:
         self._give_up = threading.Event()
         self._retention: Retention | None = None
         self._opened = False
+        self._rank = 0
         self._failure: Exception | None = None
         self._ended = asyncio.Event()
 
@@ -101,10 +104,18 @@ class Service:
                     save.touch()
             case m.Drop():
                 self._drop(message)
+            case m.Look():
+                if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
+                    save.touch()
             case m.Hurry():
                 self._workers.hurry = message.on
             case m.Trust():
                 self._spawn(self._trust(message.step))
+            case m.Reserve():
+                self._custody.active.add(f"{names.step_name(message.step)}/{message.attempt}")
+                self._reply(m.Done(message.call))
+            case m.Release():
+                self._release(message.step, message.attempt)
             case m.Delete() | m.RewindTo():
                 self._spawn(self._command(message))
             case m.Advice():
@@ -120,9 +131,9 @@ class Service:
             self._retention.give_up()
         self._workers.hurry = True
         for save in self._saves.values():
-            if save.seal is None:
-                save.dropped = True
-                save.touch()
+            save.orphaned = True
+            save.dropped = save.dropped or save.seal is None
+            save.touch()
         self._queue.put_nowait(None)
         if not self._opened:
             self._ended.set()
@@ -156,6 +167,8 @@ class Service:
 
     def _end(self, save: Save, reply: m.Reply) -> None:
         self._saves.pop(save.begin.save, None)
+        if save.begin.member is not None:
+            self._release(save.begin.step, save.begin.member.attempt)
         self._reported.pop(save.begin.save, None)
         save.memory = memoryview(b"")
         self._reply(reply)
@@ -172,6 +185,12 @@ class Service:
 
     async def _own_and_serve(self, open_: m.Open) -> None:
         storage = LocalStorage(open_.root, self._posix, open_.direct)
+        self._rank = open_.rank
+        if open_.rank:
+            self._storage, self._check_finite = storage, open_.check_finite
+            self._reply(m.Opened(os.getpid()))
+            await self._serve()
+            return
         try:
             lock = await self._workers.run(self._own, storage, open_.lock_timeout)
         except (CheckpointError, OSError) as error:
@@ -192,15 +211,7 @@ class Service:
             self._reply(m.Opened(os.getpid()))
             async with self._custody_of() as custody:  # commands may come already
                 await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
-            while (save := await self._queue.get()) is not None:
-                if not save.dropped:
-                    save.started = True
-                    await self._write(save)
-                elif save.begin.save in self._saves:
-                    self._end(save, m.Dropped(save.begin.save))
-            asyncio.get_running_loop().call_later(_LAST_ADVICE, self._retention.give_up)
-            while others := self._tasks - {asyncio.current_task()}:
-                await asyncio.wait(others)
+            await self._serve()
         finally:
             lock.release()
 
@@ -209,6 +220,19 @@ class Service:
             return None
         cores = codec.cores or available_cores()
         return Coding.of(self._workers.count, cores, codec.max_chain if codec.name == "delta" else 0)
+
+    async def _serve(self) -> None:
+        """Write what comes, until Close."""
+        while (save := await self._queue.get()) is not None:
+            if not save.dropped:
+                save.started = True
+                await self._write(save)
+            elif save.begin.save in self._saves:
+                self._end(save, m.Dropped(save.begin.save))
+        if self._retention is not None:
+            asyncio.get_running_loop().call_later(_LAST_ADVICE, self._retention.give_up)
+        while others := self._tasks - {asyncio.current_task()}:
+            await asyncio.wait(others)
 
     def _own(self, storage: LocalStorage, timeout: float) -> RunLock:
         storage.make_root()
@@ -232,9 +256,12 @@ class Service:
         step = save.begin.step
         try:
             try:
+                if save.begin.member is not None and save.begin.member.rank:
+                    self._end(save, await self._share(save, save.begin.member))
+                    return
                 committed = await self._attempt(save)
             except (StorageError, BaseGone) as error:
-                if isinstance(error, StorageError) and error.errno != EIO:
+                if save.begin.member is not None or (isinstance(error, StorageError) and error.errno != EIO):
                     raise
                 log.warning("step %d: %s; writing it once more under new names", step, error)
                 save.written = 0
@@ -254,20 +281,10 @@ class Service:
             self._spawn(self._guarded("retention", self._retention.after_commit(manifest, replaced)))
 
     async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
-        begun = time.time()
-        attempt = Attempt(
-            save,
-            names.new_attempt(),
-            self._storage,
-            self._workers,
-            self._progress,
-            self._check_finite,
-            self._using,
-            self._coding,
-            self._bases,
-        )
+        begun, member = time.time(), save.begin.member
+        attempt = self._new_attempt(save) if member is None else self._new_share(save, member)
         async with self._custody_of() as custody:
-            await self._workers.run(self._storage.begin, attempt.folder)
+            await self._workers.run(lambda: self._storage.begin(attempt.folder, shared=member is not None))
             custody.active.add(attempt.folder)
         try:
             try:
@@ -277,6 +294,7 @@ class Service:
             written = time.time()
             async with self._custody_of() as custody:
                 await save.until(lambda: True)
+                attempt.last_call()
                 manifest, replaced = await self._workers.run(self._publish, custody, save, prepared)
         except BaseException:
             custody.active.discard(attempt.folder)
@@ -300,6 +318,48 @@ class Service:
             self._using = choose(self._using, self._rates, self._codec.cores or available_cores())
         return manifest, replaced, reply
 
+    def _new_attempt(self, save: Save) -> Attempt:
+        return Attempt(
+            save,
+            names.new_attempt(),
+            self._storage,
+            self._workers,
+            self._progress,
+            self._check_finite,
+            self._using,
+            self._coding,
+            self._bases,
+        )
+
+    def _new_share(self, save: Save, member: m.Member) -> Share:
+        ready = partial(self._reply, m.Ready(save.begin.save))
+        return Share(save, member, self._storage, self._workers, self._progress, self._check_finite, ready)
+
+    async def _share(self, save: Save, member: m.Member) -> m.Committed:
+        """Write the share of a rank that is not the first, and wait for what rank 0's service decides."""
+        begun, share = time.time(), self._new_share(save, member)
+        await self._workers.run(lambda: self._storage.begin(share.folder, shared=True))
+        try:
+            prepared = await share.prepare()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        written = time.time()
+        await share.decided()
+        size, times = prepared.written, (begun, written, time.time())
+        self._rates = self._rates.then(share.meter.rates)
+        return m.Committed(save.begin.save, size, *times, prepared.direct, size, self._using, self._rates)
+
+    def _release(self, step: int, attempt: str) -> None:
+        """A save of several ranks has ended here, or will not begin: what it has left is a leftover now."""
+        folder = f"{names.step_name(step)}/{attempt}"
+        if self._rank == 0 and folder in self._custody.active:
+            self._custody.active.discard(folder)
+            self._spawn(self._guarded("clearing a failed attempt", self._sweep_step(step)))
+
+    async def _sweep_step(self, step: int) -> None:
+        async with self._custody_of() as custody:
+            await self._workers.run(custody.sweep_step, step)
+
     def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:
         begin = save.begin
         replaced = custody.attempt_of(begin.step) if begin.replace else None
@@ -307,7 +367,7 @@ class Service:
             step=begin.step,
             attempt=prepared.attempt,
             sequence=custody.next_sequence(),
-            world=1,
+            world=1 if begin.member is None else begin.member.world,
             parts=[span.part for span in begin.spans],
             files=prepared.files,
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),

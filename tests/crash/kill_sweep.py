@@ -86,11 +86,7 @@ class Life:
 
         with chunks_of(self.scenario.chunk_size):
             root = str(self.base / RUN)
-            run(
-                lambda: ServiceDriver(
-                    root, posix, keep=self.scenario.keep, direct=self.direct, codec=self.scenario.codec, note=note
-                )
-            )
+            run(lambda: self.scenario.driver(root, posix, self.direct, note))
 
     def check(self) -> list[str]:
         """What is broken now; clears leftovers as a new owner does."""
@@ -114,9 +110,7 @@ def operations(scenario: Scenario, base: Path, direct: bool) -> int:
     def count(tell: Callable[[object], None]) -> None:
         posix = FaultyPosix()
         with chunks_of(scenario.chunk_size):
-            scenario.run(
-                lambda: ServiceDriver(str(base / RUN), posix, keep=scenario.keep, direct=direct, codec=scenario.codec)
-            )
+            scenario.run(lambda: scenario.driver(str(base / RUN), posix, direct, lambda event: None))
         tell(posix.counts[ANY])
 
     base.mkdir()

@@ -26,7 +26,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import messages as m
-from asyncckpt.write import pipeline
+from asyncckpt.write import pipeline, ranks
 from asyncckpt.write.parts import RawPart
 from asyncckpt.write.service import Service
 
@@ -183,6 +183,27 @@ def overwrite_unlinks_first(monkeypatch: pytest.MonkeyPatch) -> None:
         publish(self, key, data, replace=False)
 
     monkeypatch.setattr(LocalStorage, "publish", unlink_first)
+
+
+def rank_record_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = LocalStorage.publish
+
+    def publish_carelessly(self: LocalStorage, key: str, data: bytes, *, replace: bool) -> None:
+        with deaf(self, *(["fsync", "fsync_dir"] if "/rank-" in key else [])):
+            publish(self, key, data, replace=replace)
+
+    monkeypatch.setattr(LocalStorage, "publish", publish_carelessly)
+
+
+def ranks_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    look = ranks.Share._look
+
+    def look_at_one(self: ranks.Share, which: set[int]) -> dict[int, bytes]:
+        found = look(self, {0})
+        which -= which - found.keys()
+        return {rank: found[rank] for rank in which}
+
+    monkeypatch.setattr(ranks.Share, "_look", look_at_one)
 
 
 def digest_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:

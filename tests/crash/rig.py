@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncckpt.policy.keep import Keep
-from asyncckpt.testing import Note, Operation, RecordingPosix, ServiceDriver, power_cuts
+from asyncckpt.testing import Note, Operation, RecordingPosix, power_cuts
 from asyncckpt.testing.crash import Cut, Disk, FileSystem, materialised
 from asyncckpt.testing.promises import Examined, Promises, examine, leftovers, sweep
 from asyncckpt.write import pipeline
@@ -56,9 +56,7 @@ def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosi
     posix = posix or RecordingPosix()
     root = str(base / RUN)
     with chunks_of(scenario.chunk_size):
-        scenario.run(
-            lambda: ServiceDriver(root, posix, keep=scenario.keep, direct=direct, codec=scenario.codec, note=posix.note)
-        )
+        scenario.run(lambda: scenario.driver(root, posix, direct, posix.note))
     return posix.log
 
 

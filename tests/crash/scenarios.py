@@ -12,7 +12,9 @@ from support.checkpoints import image_of
 from asyncckpt.errors import CheckpointError
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
-from asyncckpt.testing import ServiceDriver
+from asyncckpt.storage.posix import Posix
+from asyncckpt.testing import RanksDriver, ServiceDriver
+from asyncckpt.testing.promises import Event
 from asyncckpt.testing.service import Value
 
 Open = Callable[[], ServiceDriver]
@@ -20,12 +22,20 @@ Open = Callable[[], ServiceDriver]
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done with the run that `open_` opens; `chunk_size` is that of the data files."""
+    """What is done with the run that `open_` opens; `chunk_size` is that of the data files, `world` how many ranks."""
 
     run: Callable[[Open], None]
     keep: Keep | None = None
     chunk_size: int = 8 << 20
     codec: Codec = field(default_factory=Codec)
+    world: int = 1
+
+    def driver(self, root: str, posix: Posix, direct: bool, note: Callable[[Event], None]) -> ServiceDriver:
+        """What `open_` opens: the service, or those of all ranks."""
+        if self.world == 1:
+            return ServiceDriver(root, posix, keep=self.keep, direct=direct, codec=self.codec, note=note)
+        ranks: Any = RanksDriver(root, posix, world=self.world, keep=self.keep, direct=direct, note=note)
+        return ranks
 
 
 def value(seed: int, parts: int = 2, blocks: int = 2) -> Value:
@@ -132,6 +142,9 @@ SCENARIOS = {
     "small_chunks": Scenario(plain, chunk_size=4096),
     "coded": Scenario(changing, chunk_size=8192, codec=Codec("zstd")),
     "differences": Scenario(changing, Keep(last=2), chunk_size=8192, codec=Codec("delta", max_chain=2)),
+    "ranks": Scenario(plain, world=2),
+    "ranks_overwriting": Scenario(overwriting, world=2),
+    "ranks_deleting": Scenario(deleting, world=3),
 }
 
 

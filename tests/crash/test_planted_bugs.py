@@ -13,11 +13,13 @@ from support import processes
 from support.checkpoints import flip
 
 import asyncckpt
+from asyncckpt.errors import RankError
 from asyncckpt.format import names
 from asyncckpt.testing import FaultyPosix, Hold, Promises, ServiceDriver, examine
 from asyncckpt.testing.promises import Saved, Saving
 from asyncckpt.testing.service import content_of_value
 from asyncckpt.write import client
+from asyncckpt.write import messages as m
 from crash import planted
 from crash.errors import DEEDS, Trial
 from crash.rig import cut_everywhere, cut_recovery, record
@@ -102,6 +104,19 @@ def arenas(base):
     return found
 
 
+def one_of_two_ranks(base):
+    """Of two ranks only one writes."""
+    attempt, promises = names.new_attempt(), Promises()
+    with ServiceDriver(str(base)) as driver:
+        driver.reserve(1, attempt)
+        number = driver.begin(1, value(1), member=m.Member(0, 2, attempt, patience=0.3))
+        try:
+            driver.finish(number)
+        except RankError:
+            pass
+    return promises.violations(examine(base))
+
+
 def flipped(base):
     """A byte of a tensor is changed on disk."""
     promises = Promises()
@@ -155,6 +170,8 @@ BUGS = {
     "worker exception swallowed": (planted.worker_error_swallowed, error("pwrite", "ENOSPC"), DAMAGED),
     "writer death taken for done": (planted.death_taken_for_done, death, LOST),
     "a later save overwrites a leased arena": (planted.leased_arena_given_out, arenas, "damaged|of another"),
+    "record of a rank seen before it is durable": (planted.rank_record_not_durable, power("ranks"), DAMAGED),
+    "commit without waiting for the other ranks": (planted.ranks_not_waited_for, one_of_two_ranks, DAMAGED),
     "digest not checked": (planted.digest_not_checked, flipped, "never saved"),
     "nothing when all are bad": (planted.nothing_when_all_are_bad, all_damaged, "restore gave None"),
 }

@@ -17,7 +17,8 @@ EXPORTED = {
     "Checkpointer", "SaveHandle", "Timeline", "Stats", "Auto", "Cadence", "Every", "Moment", "Preemption", "Keep",
     "RngState", "Run", "load", "open", "restore", "Record",
     "CheckpointError", "CheckpointExistsError", "CheckpointNotFoundError", "ConflictError", "CorruptCheckpointError",
-    "QueueFullError", "StateMismatchError", "StorageError", "TornSnapshotError", "UnsupportedStateError",
+    "NotSupportedError", "QueueFullError", "RankError", "StateMismatchError", "StorageError", "TornSnapshotError",
+    "UnsupportedStateError",
     "CheckpointBusyError",
 }  # fmt: skip
 

@@ -1,0 +1,253 @@
+"""Alone, or one of several ranks: what of saving and restoring depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from asyncckpt.dist.group import Group
+from asyncckpt.errors import NotSupportedError
+from asyncckpt.fetching import Loaded, Wish, fetch
+from asyncckpt.handle import SaveHandle
+from asyncckpt.policy.cadence import Every
+from asyncckpt.run import Filling, Run
+from asyncckpt.session import Session, WhenFull
+from asyncckpt.snapshot.apply import Rename
+from asyncckpt.snapshot.arena import Arena
+from asyncckpt.snapshot.describe import Description
+from asyncckpt.snapshot.view import View
+from asyncckpt.write.messages import Member
+
+if TYPE_CHECKING:
+    from asyncckpt.dist.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Request:
+    """A save that is asked for. `failed` are errors of earlier ones, to be raised first, which `raise_failed` does."""
+
+    state: Mapping[str, Any]
+    describe: Callable[[], Description]
+    when_full: WhenFull
+    overwrite: bool
+    failed: list[BaseException]
+    raise_failed: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Granted:
+    """What is to be snapshotted, and where to."""
+
+    what: Description
+    arena: Arena
+    member: Member | None = None
+
+
+class Company(Protocol):
+    """`rank` is that of this process."""
+
+    rank: int
+
+    def open(self, make: Callable[[], Session]) -> Session: ...
+
+    def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
+        """None: the save is not taken, and its handle says why."""
+
+    def launched(self, handle: SaveHandle) -> None:
+        """The writer knows of it."""
+
+    def refused(self, handle: SaveHandle, error: BaseException) -> None:
+        """It was granted, perhaps, and has ended by an exception."""
+
+    def ready(self, attempt: str) -> None: ...
+
+    def ended(self, handle: SaveHandle) -> None: ...
+
+    def fetch(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        wish: Wish,
+        rename: Rename | None,
+        rewind: Callable[[int], None],
+    ) -> Filling | None:
+        """What `state` is to be filled with. `rewind` is called with the step when that is certain."""
+
+    def once(self, what: str, do: Callable[[], None]) -> None:
+        """Do something that is done once for all ranks."""
+
+    def due(self, step: int, wish: bool) -> bool:
+        """Whether all save `step`, where this process would."""
+
+    def check_foreseeable(self) -> None:
+        """
+        Raises:
+            NotSupportedError: only `due` can tell what all ranks would do.
+        """
+
+    def close(self) -> None: ...
+
+
+class Alone:
+    rank = 0
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def open(self, make: Callable[[], Session]) -> Session:
+        return make()
+
+    def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
+        if asked.failed:
+            asked.raise_failed()
+        what = asked.describe()
+        arena = session.admit(handle, what.size, asked.when_full)
+        if arena is None:
+            session.skipped(handle)
+            return None
+        return Granted(what, arena)
+
+    def launched(self, handle: SaveHandle) -> None:
+        pass
+
+    def refused(self, handle: SaveHandle, error: BaseException) -> None:
+        pass
+
+    def ready(self, attempt: str) -> None:
+        pass
+
+    def ended(self, handle: SaveHandle) -> None:
+        pass
+
+    def fetch(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        wish: Wish,
+        rename: Rename | None,
+        rewind: Callable[[int], None],
+    ) -> Filling | None:
+        loaded = self._run.fetch(step, wish, View(state, rename=rename))
+        if loaded is None:
+            return None
+        filling = Filling(loaded, state, wish.strict, rename)
+        rewind(loaded.step)
+        return filling
+
+    def once(self, what: str, do: Callable[[], None]) -> None:
+        do()
+
+    def due(self, step: int, wish: bool) -> bool:
+        return wish
+
+    def check_foreseeable(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Together:
+    """One of several ranks: what it does it does when all have come to it."""
+
+    def __init__(self, ranks: Ranks, run: Run, settings: dict[str, str], cadence: object) -> None:
+        self.rank = ranks.rank
+        self._ranks, self._run, self._settings = ranks, run, settings
+        self._by_step = cadence is None or (isinstance(cadence, Every) and cadence.minutes is None)
+
+    def open(self, make: Callable[[], Session]) -> Session:
+        return self._ranks.open(self._run.storage, self._settings, make, lambda session: session.close())
+
+    def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
+        failed = {session.attempt_of(error) or f"#{i}": error for i, error in enumerate(asked.failed)}
+        agreed = self._ranks.agree(
+            handle, asked.state, asked.describe, asked.when_full, asked.overwrite, failed, asked.raise_failed
+        )
+        if agreed is None:
+            return None
+        arena = session.admit(handle, agreed.what.size, "wait")
+        assert arena is not None
+        return Granted(agreed.what, arena, agreed.member)
+
+    def launched(self, handle: SaveHandle) -> None:
+        self._ranks.launched(handle)
+
+    def refused(self, handle: SaveHandle, error: BaseException) -> None:
+        self._ranks.refused(handle, error)
+
+    def ready(self, attempt: str) -> None:
+        self._ranks.ready(attempt)
+
+    def ended(self, handle: SaveHandle) -> None:
+        self._ranks.ended(handle)
+
+    def fetch(
+        self,
+        state: Mapping[str, Any],
+        step: int | None,
+        wish: Wish,
+        rename: Rename | None,
+        rewind: Callable[[int], None],
+    ) -> Filling | None:
+        if wish.allow_stale:
+            raise NotSupportedError("allow_stale= can't be had yet in a job of several ranks; leave it out")
+        view = View(state, self._ranks.rank, self._ranks.world, rename)
+
+        def read(step: int) -> Filling:
+            loaded = self._run.fetch(step, wish, view)
+            assert loaded is not None
+            return Filling(loaded, state, wish.strict, rename)
+
+        def choose(read_all: Callable[[int], Filling]) -> Loaded | None:
+            return fetch(self._run.catalog, step, wish, one=lambda step: read_all(step).loaded)
+
+        found = self._ranks.load(read, choose, rewind)
+        if found is None:
+            return None
+        filling, chosen = found
+        filling.loaded = replace(filling.loaded, passed_over=chosen.passed_over, lacking=chosen.lacking)
+        return filling
+
+    def once(self, what: str, do: Callable[[], None]) -> None:
+        self._ranks.at_rank_0(what, do)
+
+    def due(self, step: int, wish: bool) -> bool:
+        return wish if self._by_step else self._ranks.rank_0_says(f"maybe_save of step {step}", wish)
+
+    def check_foreseeable(self) -> None:
+        if not self._by_step:
+            raise NotSupportedError(
+                "should_save: several ranks foresee only Every(steps=); with other cadences rank 0 decides when all "
+                "call maybe_save"
+            )
+
+    def close(self) -> None:
+        self._ranks.close()
+
+
+def company(
+    run: Run,
+    *,
+    rank_timeout: float,
+    settings: dict[str, str],
+    cadence: object,
+    when_full: str,
+    not_there: dict[str, bool],
+) -> Company:
+    """Of the ranks of torch's default process group, where there is one of several; else of this process alone.
+
+    Raises:
+        NotSupportedError: something is asked for that several ranks can't have yet.
+    """
+    group = Group.default()
+    if group is None:
+        return Alone(run)
+    for what, asked in not_there.items():
+        if asked:
+            raise NotSupportedError(f"{what} can't be had yet in a job of several ranks; leave it out")
+    if when_full not in ("wait", "skip"):
+        raise NotSupportedError(f"when_full={when_full!r}: several ranks can 'wait' or 'skip'")
+    from asyncckpt.dist.ranks import Ranks  # the planner that it loads takes as long as all the rest
+
+    return Together(Ranks(group, rank_timeout), run, settings, cadence)

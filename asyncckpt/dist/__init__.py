@@ -1,0 +1,13 @@
+"""Several ranks, one checkpoint. All of it runs on the training thread, but for the doorbells.
+
+group    which ranks there are, and the store that they share
+council  rounds: every rank offers, rank 0 decides for all, with a deadline
+mail     doorbells, rung and heard by threads of their own; nothing depends on one being heard
+offers   what the rounds of a save exchange
+planner  which rank stores which tensor (the planner of torch.distributed.checkpoint)
+share    what a rank snapshots: its part of what it has
+saving   one save, agreed and followed to its end
+opening  one run for all ranks
+loading  one step for all ranks
+ranks    the face of all this to the Checkpointer
+"""

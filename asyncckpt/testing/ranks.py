@@ -1,0 +1,111 @@
+"""The real services of several ranks, driven without torch: `ServiceDriver`, for a world of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from asyncckpt.format import names
+from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.posix import Posix
+from asyncckpt.testing.promises import Event, content_word
+from asyncckpt.testing.service import ServiceDriver, Value
+from asyncckpt.write import messages as m
+
+
+class RanksDriver:
+    """The services of `world` ranks on threads of this process, over one `posix`. Each rank saves a value of its own.
+
+    Raises:
+        CheckpointError: the run can't be owned.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        posix: Posix | None = None,
+        *,
+        world: int = 2,
+        patience: float = 30.0,
+        keep: Keep | None = None,
+        direct: bool = True,
+        note: Callable[[Event], None] = lambda event: None,
+    ) -> None:
+        self._patience = patience
+        self.drivers = [ServiceDriver(root, posix, keep=keep, direct=direct, note=note)]
+        self.drivers += [ServiceDriver(root, posix, direct=direct, rank=rank) for rank in range(1, world)]
+
+    def save(self, step: int, value: Value, *, replace: bool = False) -> m.Committed:
+        """Commit, as `step`, `value` with its rank in every tree.
+
+        Raises:
+            CheckpointError: the first that a service has reported.
+        """
+        return self.finish(self.begin(step, value, replace=replace))
+
+    def begin(self, step: int, value: Value, *, replace: bool = False) -> list[int]:
+        """Start a save on every rank; returns its numbers, for `finish`."""
+        attempt = names.new_attempt()
+        self.drivers[0].reserve(step, attempt)
+        values = [_of_rank(value, rank) for rank in range(len(self.drivers))]
+        word = content_word(
+            {
+                f"{part} of rank {rank}": (image, msgspec.json.encode(tree))
+                for rank, value in enumerate(values)
+                for part, (image, tree) in value.items()
+            }
+        )
+        return [
+            driver.begin(
+                step,
+                values[rank],
+                replace=replace,
+                member=m.Member(rank, len(self.drivers), attempt, self._patience),
+                content=word,
+            )
+            for rank, driver in enumerate(self.drivers)
+        ]
+
+    def finish(self, numbers: list[int]) -> m.Committed:
+        """Wait for the end of a save, on every rank."""
+        replies, errors = [], []
+        for driver, number in zip(self.drivers, numbers, strict=True):
+            try:
+                replies.append(driver.finish(number))
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return replies[0]
+
+    def delete(self, step: int) -> None:
+        self.drivers[0].delete(step)
+
+    def rewind(self, step: int) -> None:
+        self.drivers[0].rewind(step)
+
+    def pin(self, step: int) -> None:
+        self.drivers[0].pin(step)
+
+    def unpin(self, step: int) -> None:
+        self.drivers[0].unpin(step)
+
+    def close(self) -> None:
+        """Let the services finish what is begun, and end."""
+        for driver in reversed(self.drivers):
+            driver.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _of_rank(value: Value, rank: int) -> dict[str, tuple[bytes, Any]]:
+    return {part: (image, {"rank": rank, "value": tree}) for part, (image, tree) in value.items()}
