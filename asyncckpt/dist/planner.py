@@ -1,19 +1,18 @@
-"""Which rank stores which tensor: decided by the planner of torch.distributed.checkpoint.
+"""Which rank stores which tensor.
 
-It finds the shards that several ranks have, and gives each to the rank with the fewest bytes so far; it also checks
-that the shards of every tensor are that tensor.
+A shard that several ranks have is stored by the one with the fewest bytes so far. It is the rule of
+torch.distributed.checkpoint's planner, which is not asked, since it compares every shard of a tensor with every other:
+for a million shards that takes minutes (`benchmarks/scale.py`).
 """
 
 from __future__ import annotations
 
-import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+import math
 
 from asyncckpt.dist.offers import Item
 from asyncckpt.errors import RankError
-from asyncckpt.snapshot import dtypes
+from asyncckpt.format.image import ITEM_SIZE
+from asyncckpt.format.ranks import is_whole
 
 _Place = tuple[str, str, tuple[int, ...]]
 
@@ -24,33 +23,42 @@ def assign(items: list[list[Item]]) -> list[list[int]]:
     Raises:
         RankError: the shards of a tensor leave holes or overlap, or ranks have different tensors of one name.
     """
-    _check_same(items)
-    taken = _lowest(items)
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner({}, is_coordinator=True)
-    plans = [
-        SavePlan([_write_item(item) for item in mine if not item.lowest or taken[_place(item)] == rank])
-        for rank, mine in enumerate(items)
-    ]
-    try:
-        chosen, _ = planner.create_global_plan(plans)
-    except (ValueError, AssertionError) as error:
-        raise _different(str(error)) from error
-    stored = [{(i.index.fqn, tuple(i.index.offset or ())) for i in plan.items} for plan in chosen]
-    return [
-        [number for number, item in enumerate(mine) if (_fqn(item), item.offset) in stored[rank]]
-        for rank, mine in enumerate(items)
-    ]
+    holders = _holders(items)
+    load = [0] * len(items)
+    owned: list[list[int]] = [[] for _ in items]
+    for having in sorted(holders.values(), key=len):  # what only one rank has is its load before anything is spread
+        rank, number = having[0]
+        item = items[rank][number]
+        if len(having) > 1 and not item.lowest:
+            rank, number = min(having, key=lambda at: load[at[0]])
+        load[rank] += math.prod(item.size) * ITEM_SIZE[item.dtype]
+        owned[rank].append(number)
+    return [sorted(mine) for mine in owned]
 
 
-def _check_same(items: list[list[Item]]) -> None:
-    """What bears one name must be of one tensor, and what begins at one place one shard: the planner does not look."""
-    seen: dict[tuple[str, ...] | _Place, object] = {}
+def _holders(items: list[list[Item]]) -> dict[_Place, list[tuple[int, int]]]:
+    """By shard, the ranks that have it, each with its number there, lowest first.
+
+    Raises:
+        RankError: shards are not alike where they must be, or do not make up their tensor.
+    """
+    holders: dict[_Place, list[tuple[int, int]]] = {}
+    tensors: dict[tuple[str, str], list[Item]] = {}
     for rank, mine in enumerate(items):
-        for item in mine:
-            tensor, shard = (item.dtype, item.shape), item.size
-            if seen.setdefault(_place(item)[:2], tensor) != tensor or seen.setdefault(_place(item), shard) != shard:
+        for number, item in enumerate(mine):
+            having = holders.setdefault((item.part, item.name, item.offset), [])
+            shards = tensors.setdefault((item.part, item.name), [])
+            first = items[having[0][0]][having[0][1]] if having else None
+            other = shards[0] if shards else item
+            if (item.dtype, item.shape) != (other.dtype, other.shape) or (first and item.size != first.size):
                 raise _different(f"rank {rank} has another tensor {item.name!r} of part {item.part!r} than a lower rank")
+            having.append((rank, number))
+            if first is None:
+                shards.append(item)
+    for (part, name), shards in tensors.items():
+        if not is_whole(shards[0].shape, shards):
+            raise _different(f"the shards of tensor {name!r} of part {part!r} leave holes or overlap")
+    return holders
 
 
 def _different(why: str) -> RankError:
@@ -58,30 +66,3 @@ def _different(why: str) -> RankError:
         f"the ranks do not have the same tensors under the same names: {why}. What differs by rank must be a DTensor, or "
         "be given as a plain dict, such as {'model': model.state_dict()}."
     )
-
-
-def _place(item: Item) -> _Place:
-    return item.part, item.name, item.offset
-
-
-def _fqn(item: Item) -> str:
-    return f"{item.part}/{item.name}"
-
-
-def _lowest(items: list[list[Item]]) -> dict[_Place, int]:
-    """The lowest rank that has each item."""
-    found: dict[_Place, int] = {}
-    for rank, mine in enumerate(items):
-        for item in mine:
-            found.setdefault(_place(item), rank)
-    return found
-
-
-def _write_item(item: Item) -> WriteItem:
-    offset, size = torch.Size(item.offset), torch.Size(item.size)
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(offset, size),
-        properties=TensorProperties(dtype=dtypes.BY_CODE[item.dtype]),
-        size=torch.Size(item.shape),
-    )
-    return WriteItem(MetadataIndex(_fqn(item), offset), WriteItemType.SHARD, tensor_data=data)

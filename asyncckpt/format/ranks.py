@@ -8,7 +8,8 @@ rank's own. A tree names entries as ever; what they are made of is for the reade
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -154,14 +155,28 @@ def _check_shards(part: str, records: list[RankRecord], manifest: Manifest) -> N
             by_name.setdefault(key, []).append(shard)
     for key, shards in by_name.items():
         first = shards[0]
-        whole = math.prod(first.shape)
         if any((p.dtype, p.shape) != (first.dtype, first.shape) for p in shards):
             raise _corrupt(manifest, f"part {part!r}, tensor {key!r}: shards of several tensors", part, key)
-        if sum(math.prod(p.size) for p in shards) != whole or (len(shards) > 1 and whole and _overlap(shards)):
+        if not is_whole(first.shape, shards):
             raise _corrupt(manifest, f"part {part!r}, tensor {key!r}: its shards leave holes or overlap", part, key)
 
 
-def _overlap(shards: list[StoredShard]) -> bool:
+class Boxed(Protocol):
+    """Of something with dimensions, the box of `size` at `offset`."""
+
+    @property
+    def offset(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> tuple[int, ...]: ...
+
+
+def is_whole(shape: tuple[int, ...], boxes: Sequence[Boxed]) -> bool:
+    """Whether boxes that lie within `shape` make it up without gap or overlap."""
+    whole = math.prod(shape)
+    return sum(math.prod(box.size) for box in boxes) == whole and not (len(boxes) > 1 and whole and _overlap(boxes))
+
+
+def _overlap(shards: Sequence[Boxed]) -> bool:
     """Whether two boxes share an item. Sorted along the first dimension, most need not be compared."""
     boxes = sorted((p for p in shards if math.prod(p.size)), key=lambda p: p.offset)
     for i, a in enumerate(boxes):
