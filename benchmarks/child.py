@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -51,6 +52,29 @@ class Child:
         finally:
             os.close(write)
         self._pipe = os.fdopen(read, "rb", buffering=0)
+        self._told: deque[bytes] = deque()
+        self._rest = b""
+        self._silent = False
+        """Whether it, and all that it started, has closed its end of the pipe."""
+
+    def say(self, **record: Any) -> None:
+        """Give it one line (JSON) on its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(record).encode() + b"\n")
+        self.process.stdin.flush()
+
+    def listen(self, until: float) -> Iterator[Record]:
+        """What it tells, as it comes, until `time.monotonic()` is `until`; what it has told by then is all given."""
+        while True:
+            while self._told:
+                yield json.loads(self._told.popleft())
+            left = max(0.0, until - time.monotonic())
+            if self._silent or not select.select([self._pipe], [], [], left)[0]:
+                return
+            data = self._pipe.read(1 << 16)
+            self._silent = not data
+            *lines, self._rest = (self._rest + data).split(b"\n")
+            self._told.extend(lines)
 
     def records(self) -> Iterator[Record]:
         """What it tells, as it comes, until it ends.
@@ -58,16 +82,9 @@ class Child:
         Raises:
             ChildError: it failed, or its time is up.
         """
-        rest = b""
-        while True:
-            left = self._deadline - time.monotonic()
-            if left <= 0 or not select.select([self._pipe], [], [], left)[0]:
-                raise ChildError(f"not done after {self._limit:.0f} s")
-            data = self._pipe.read(1 << 16)
-            if not data:
-                break
-            *lines, rest = (rest + data).split(b"\n")
-            yield from map(json.loads, lines)
+        yield from self.listen(self._deadline)
+        if not self._silent:
+            raise ChildError(f"not done after {self._limit:.0f} s")
         try:
             status = self.process.wait(timeout=max(1.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:

@@ -72,6 +72,12 @@ def _endurance(tell: Reporter, directory: str, saves: int) -> None:
     alternate.endurance(tell, Path(directory), saves)
 
 
+def _nursery(tell: Reporter) -> None:
+    from benchmarks import lives
+
+    lives.nursery(tell)
+
+
 _ROLES = {
     "machine": _machine,
     "calibrate": _calibrate,
@@ -81,6 +87,7 @@ _ROLES = {
     "save_cost": _save_cost,
     "commit_speed": _commit_speed,
     "endurance": _endurance,
+    "nursery": _nursery,
 }
 
 
