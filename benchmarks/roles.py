@@ -72,6 +72,12 @@ def _endurance(tell: Reporter, directory: str, saves: int) -> None:
     alternate.endurance(tell, Path(directory), saves)
 
 
+def _auto_overhead(tell: Reporter, shape: dict[str, Any], directory: str, max_overhead: float, seconds: float) -> None:
+    from benchmarks import auto_overhead
+
+    auto_overhead.measure(tell, shape, directory, max_overhead, seconds)
+
+
 def _nursery(tell: Reporter) -> None:
     from benchmarks import lives
 
@@ -87,6 +93,7 @@ _ROLES = {
     "save_cost": _save_cost,
     "commit_speed": _commit_speed,
     "endurance": _endurance,
+    "auto_overhead": _auto_overhead,
     "nursery": _nursery,
 }
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import durability, spread, summary
+from benchmarks import auto_overhead, durability, spread, summary
 
 
 def test_an_interval_holds_the_median_and_lies_within_the_samples():
@@ -82,3 +82,19 @@ def test_a_fsync_is_found_under_the_name_that_the_file_came_to_bear(tmp_path):
     found = durability.synced(trace, tmp_path)
     assert (found.files, found.of_files, found.directories, found.of_directories) == (2, 3, 1, 2)
     assert str(found) == "files 2/3, dirs 1/2"
+
+
+def test_what_saves_cost_is_found_beside_steps_that_drift():
+    """Steps grow slowly; one save blocks 20 ms, is committed two steps later, and makes these 5 ms longer."""
+    ends, saves, at = [], [], 0.0
+    for number in range(60):
+        at += 0.1 + 0.0001 * number
+        if number % 15 == 10:
+            at += 0.02
+            saves.append({"step": number, "committed": at + 0.15})
+        if number % 15 in (11, 12):
+            at += 0.005
+        ends.append(at)
+    found = auto_overhead.costs({"begun": 0.0, "ends": ends, "saves": saves})
+    assert len(found) == 4
+    assert found == pytest.approx([0.03] * 4, abs=0.004)
