@@ -52,14 +52,14 @@ _RESULTS = Path(__file__).resolve().parent / "results" / "goodput.jsonl"
 class Setting:
     """How the comparison is made. `kills` are those of one round of one arm; `mtbf` is in seconds."""
 
-    mtbf: float = 6.0
-    kills: int = 7
+    mtbf: float = 5.0
+    kills: int = 5
     size: str = "4m"
-    sequence: int = 192
+    sequence: int = 64
     threads: int = 2
     max_overhead: float = 0.1
     windows: int = 8
-    restarts: int = 5
+    restarts: int = 3
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -389,7 +389,7 @@ class _Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.goodput", description=__doc__)
     parser.add_argument("parts", nargs="*", help="pilot, numbers of rounds, report; nothing for all")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--mtbf", type=float, default=Setting.mtbf, help="seconds between failures")
     parser.add_argument("--kills", type=int, default=Setting.kills, help="in one round of one arm")
     parser.add_argument("--quick", action="store_true", help="one short round; nothing is written to results/")
