@@ -183,6 +183,9 @@ class Checkpointer:
         self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced, clocks=clocks)
         self._newest: SaveHandle | None = None
         self._passed_over: set[int] = set()
+        """Steps that were damaged when a restore wanted them."""
+        self._lacking: set[int] = set()
+        """Steps that had not all parts when a restore wanted them."""
         self._warned: set[BaseException] = set()
         self._metric_missed = False
         try:
@@ -228,7 +231,7 @@ class Checkpointer:
 
         Args:
             step: from 0 on. Saving a committed step needs `overwrite`; it stays readable until the new one replaces
-                it. Steps of a branch left by `rewind`, if not pinned, and those that `restore` passed over, are free.
+                it. Free are steps of a branch left by `rewind`, and those that `restore` passed over, unless pinned.
             state: named parts. Values: anything with `state_dict()` and `load_state_dict()`, or nested dicts, lists
                 and tuples of tensors, numpy arrays and plain values.
             parts: save only these parts. Unless they are all, such a checkpoint is not complete: retention keeps a
@@ -293,7 +296,8 @@ class Checkpointer:
             raise
         handle.blocked = time.perf_counter() - begun
         if granted is not None:
-            self._schedule.answer(notice)
+            if not handle.omitted:
+                self._schedule.answer(notice)
             self._schedule.meter.save_returns(handle.blocked)
         session.tally.returned(handle.blocked)
         return handle
@@ -420,7 +424,7 @@ class Checkpointer:
         loaded = filling.loaded
         self._passed_over.update(loaded.passed_over)
         if parts is None:
-            self._passed_over.update(loaded.lacking)
+            self._lacking.update(loaded.lacking)
             if self._company.rank == 0:
                 self._session.trust(loaded.step)
         filling()
@@ -647,17 +651,17 @@ class Checkpointer:
         )
 
     def _left_behind(self, step: int) -> bool:
-        """Whether `step` lies on a branch that was left, and is free to be saved anew.
+        """Whether a restore went back behind `step`, by a rewind or for want of a part, so that it may be saved anew.
 
         Raises:
             CheckpointExistsError: it is pinned there.
         """
-        if step in self._run.steps():
+        if step not in self._lacking and step in self._run.steps():
             return False
         if self._run.is_pinned(step):
             raise CheckpointExistsError(
-                f"step {step} is pinned in {self._run.storage.url}, on a branch that was left. Unpin it, or give "
-                "overwrite=True to replace it."
+                f"step {step} is pinned in {self._run.storage.url}, and the training went back behind it. Unpin it, or "
+                "give overwrite=True to replace it."
             )
         return True
 
@@ -692,7 +696,10 @@ class Checkpointer:
         return f"step{'s' if len(steps) != 1 else ''} {', '.join(map(str, steps))}"
 
     def _came_to_an_end(self, number: int, handle: SaveHandle) -> None:
-        if handle.outcome != "committed":
+        if handle.outcome == "committed":
+            self._passed_over.discard(handle.step)
+            self._lacking.discard(handle.step)
+        else:
             self._schedule.clocks.came_to_nothing(number)
 
     def _save_ended(self, handle: SaveHandle) -> None:

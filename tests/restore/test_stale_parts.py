@@ -121,7 +121,13 @@ def test_a_resume_frees_the_steps_that_it_passed_over(tmp_path: Path) -> None:
         assert ckpt.restore(state_of(0)) == 1
         with pytest.raises(asyncckpt.CheckpointExistsError):
             save(ckpt, 1)
+        ckpt.pin(3)
         save(ckpt, 2, number=20)
+        with pytest.raises(asyncckpt.CheckpointExistsError):
+            save(ckpt, 2)
+        with pytest.raises(asyncckpt.CheckpointExistsError, match="pinned"):
+            save(ckpt, 3)
+        ckpt.unpin(3)
         save(ckpt, 3, "optimizer", number=30)
     assert restored(tmp_path, allow_stale=["optimizer"]) == (3, all_of(30, optimizer=20))
 

@@ -99,6 +99,18 @@ def test_what_is_saved_on_a_notice_is_complete(tmp_path: Path, already: bool) ->
     assert parts_by_step(tmp_path) == {2: "mor", 4: "mor"}
 
 
+def test_a_save_of_some_parts_is_no_answer_to_a_notice(tmp_path: Path) -> None:
+    state = training(width=8)
+    with run(tmp_path, parts=CLOCKS, preempt=Preemption(signals=(signal.SIGUSR1,))) as ckpt:
+        ckpt.maybe_save(2, state)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until(lambda: ckpt.should_save(3))
+        ckpt.save(3, state, parts=["model"])
+        assert not ckpt.preempted
+        assert ckpt.maybe_save(4, state) is not None and ckpt.preempted
+    assert parts_by_step(tmp_path) == {2: "mor", 3: "m", 4: "mor"}
+
+
 def test_a_part_whose_save_failed_goes_with_the_next(tmp_path: Path) -> None:
     state = training(width=8)
     with run(tmp_path, parts=CLOCKS, overlap=True, on_error="warn") as ckpt:
