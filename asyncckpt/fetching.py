@@ -54,15 +54,15 @@ class Wish:
 
     def lacking(self, manifest: Manifest) -> list[str]:
         """The parts that are wanted, and were left out of that save."""
-        if self.parts is None or (self.whole and self.strict):
-            return manifest.omitted if self.whole else []
-        return [name for name in manifest.omitted if name in self.parts]
+        if self.whole and self.strict:
+            return manifest.omitted
+        return [name for name in manifest.omitted if name in (self.parts or ())]
 
     def suits(self, manifest: Manifest) -> bool:
         """Whether a checkpoint may be taken where any would do."""
-        absent = not self.whole and self.strict and self.parts is not None
-        named = set(self.parts or ()) - self.allow_stale if absent else set()
-        return set(self.lacking(manifest)) <= self.allow_stale and named <= set(manifest.parts)
+        lacking = set(self.lacking(manifest))
+        demanded = set() if self.whole or not self.strict else set(self.parts or ()) - lacking
+        return lacking <= self.allow_stale and demanded <= set(manifest.parts)
 
 
 @dataclass(frozen=True)
