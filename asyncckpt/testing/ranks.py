@@ -36,7 +36,8 @@ class RanksDriver:
     ) -> None:
         self._patience = patience
         self.drivers = [ServiceDriver(root, posix, keep=keep, direct=direct, note=note)]
-        self.drivers += [ServiceDriver(root, posix, direct=direct, rank=rank) for rank in range(1, world)]
+        ready = self.drivers[0].look
+        self.drivers += [ServiceDriver(root, posix, direct=direct, rank=r, ready=ready) for r in range(1, world)]
 
     def save(self, step: int, value: Value, *, replace: bool = False) -> m.Committed:
         """Commit, as `step`, `value` with its rank in every tree.
@@ -73,6 +74,7 @@ class RanksDriver:
         """Wait for the end of a save, on every rank."""
         replies, errors = [], []
         for driver, number in zip(self.drivers, numbers, strict=True):
+            driver.look()
             try:
                 replies.append(driver.finish(number))
             except Exception as error:

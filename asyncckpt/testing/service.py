@@ -67,8 +67,9 @@ class ServiceDriver:
         codec: Codec = Codec(),  # noqa: B008
         note: Callable[[Event], None] = lambda event: None,
         rank: int = 0,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        self._note = note
+        self._note, self._ready = note, ready
         self._catalog = Catalog(LocalStorage(root, posix))
         self._changed = threading.Condition()
         self._replies: list[m.Reply] = []
@@ -139,6 +140,11 @@ class ServiceDriver:
         self._writer.send(m.Reserve(call, step, attempt))
         self._await(lambda r: isinstance(r, m.Done) and r.call == call)
 
+    def look(self) -> None:
+        """Tell the service that something in the storage has changed: what a doorbell from another rank does."""
+        for number in list(self._events):
+            self._writer.send(m.Look(number))
+
     def delete(self, step: int) -> None:
         self._note(Deleting(step))
         self._call(m.Delete(next(self._numbers), step), Deleted(step))
@@ -187,6 +193,8 @@ class ServiceDriver:
             return reply
 
     def _on_reply(self, reply: m.Reply) -> None:
+        if isinstance(reply, m.Ready):
+            self._ready()
         number = reply.save if isinstance(reply, m.Committed) else reply.call if isinstance(reply, m.Done) else None
         faulty = isinstance(reply, m.Done) and reply.fault is not None
         if number in self._events and not faulty:
