@@ -248,6 +248,6 @@ def company(
             raise NotSupportedError(f"{what} can't be had yet in a job of several ranks; leave it out")
     if when_full not in ("wait", "skip"):
         raise NotSupportedError(f"when_full={when_full!r}: several ranks can 'wait' or 'skip'")
-    from asyncckpt.dist.ranks import Ranks  # the planner that it loads takes as long as all the rest
+    from asyncckpt.dist.ranks import Ranks  # whoever is alone need not wait for what it loads
 
     return Together(Ranks(group, rank_timeout), run, settings, cadence)

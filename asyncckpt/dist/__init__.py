@@ -4,7 +4,7 @@ group    which ranks there are, and the store that they share
 council  rounds: every rank offers, rank 0 decides for all, with a deadline
 mail     doorbells, rung and heard by threads of their own; nothing depends on one being heard
 offers   what the rounds of a save exchange
-planner  which rank stores which tensor (the planner of torch.distributed.checkpoint)
+planner  which rank stores which tensor
 share    what a rank snapshots: its part of what it has
 saving   one save, agreed and followed to its end
 opening  one run for all ranks

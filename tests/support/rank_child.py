@@ -87,6 +87,9 @@ class Rank:
     def do(self, command: dict[str, Any]) -> Any:
         return getattr(self, command.pop("do"))(**command)
 
+    def elsewhere(self, root: str) -> None:
+        self.root = root
+
     def open(self, **options: Any) -> None:
         fault = self.options.pop("fault", None)
         if fault is not None:
