@@ -188,3 +188,42 @@ def test_a_full_queue_is_one_decision(tmp_path, nursery):
         assert [member.answer() for member in world.members] == [None, None]
         ends = [[end for end, _ in outcomes(world, step, [0, 1])] for step in (1, 2)]
         assert ends[0] == ["committed"] * 2 and len(set(ends[1])) == 1
+
+
+@pytest.mark.parametrize("victims", [[0], [1, 2]])
+def test_what_all_have_staged_commits_for_the_others_when_some_trainers_are_killed(tmp_path, nursery, victims):
+    others = [rank for rank in range(3) if rank not in victims]
+    with nursery.world(tmp_path / "run", 3, "plain", rank_timeout=30.0) as world:
+        world.well("open")
+        world.well("set", value=1)
+        world.well("save", step=1)
+        assert world.well("staged", step=1) == [True] * 3
+        for rank in victims:
+            world.members[rank].kill()
+        assert outcomes(world, 1, others) == [["committed", ""]] * len(others)
+        assert examined(tmp_path / "run") == [1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_writer_that_is_stopped_fails_the_save_for_all_in_time_and_the_next_one_works(tmp_path, nursery, victim):
+    with nursery.world(tmp_path / "run", 2, "plain", rank_timeout=TIMEOUT) as world:
+        world.well("open")
+        writer = world.well("writer")[victim]
+        os.kill(writer, signal.SIGSTOP)
+        try:
+            for member in world.members:
+                member.ask("set", value=1)
+                member.ask("save", step=1)
+            other = world.members[1 - victim]
+            begun = time.monotonic()
+            assert [other.answer(IN_TIME) for _ in range(2)] == [None, None]
+            other.ask("outcome", step=1)
+            assert other.answer(IN_TIME)[0] == "failed"
+            assert time.monotonic() - begun < IN_TIME
+        finally:
+            os.kill(writer, signal.SIGCONT)
+        drained(world.members[victim], 2)
+        assert outcomes(world, 1, [victim])[0][0] == "failed"
+        assert all_save(world, 2) == [None, None]
+        assert [end for end, _ in outcomes(world, 2, [0, 1])] == ["committed"] * 2
+        assert examined(tmp_path / "run") == [2]
