@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from asyncckpt.arguments import checked_metrics, checked_step
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
+from asyncckpt.dist.group import ranks_of_this_job
+from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSupportedError, StateMismatchError
 from asyncckpt.fetching import Loaded, Wish, fetch, listed
 from asyncckpt.format import names
 from asyncckpt.policy.records import Record
@@ -145,7 +146,16 @@ class Run:
         allow_stale: Iterable[str] = (),
         rename: Rename | None = None,
     ) -> int | None:
-        """Bring `state` to a checkpoint, in place, and return its step: see `Checkpointer.restore`."""
+        """Bring `state` to a checkpoint, in place, and return its step: see `Checkpointer.restore`.
+
+        Raises:
+            NotSupportedError: this process is one of several ranks, which only a Checkpointer brings to one step.
+        """
+        if ranks_of_this_job() > 1:
+            raise NotSupportedError(
+                f"{self.storage.url}: in a job of several ranks restore by a Checkpointer, which brings all to one "
+                "step, and each to what was its own; asyncckpt.load reads anything."
+            )
         loaded = self.fetch(step, Wish.of_state(state, parts, strict, allow_stale), View(state, rename=rename))
         if loaded is None:
             return None

@@ -13,6 +13,11 @@ from asyncckpt.errors import CheckpointError
 _instances = itertools.count(1)
 
 
+def ranks_of_this_job() -> int:
+    """How many ranks torch's default process group has; 1 where there is none."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 @dataclass(frozen=True)
 class Group:
     """`rank` of `world`. All ranks make their groups in the same order."""
@@ -29,7 +34,7 @@ class Group:
         Raises:
             CheckpointError: its ranks share no store.
         """
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if ranks_of_this_job() == 1:
             return None
         try:
             store = dist.distributed_c10d._get_default_store()

@@ -52,6 +52,14 @@ def test_what_is_changed_after_a_save_is_not_in_it(tmp_path, nursery):
             assert world.well("content")[1][:2] == content
 
 
+def test_ranks_that_restore_each_for_itself_are_told(tmp_path, nursery):
+    with nursery.world(tmp_path / "run", 2, "plain") as world:
+        world.well("open")
+        saved(world, 1)
+        answers = world.all("restore_alone")
+        assert all("NotSupportedError" in str(answer) and "Checkpointer" in str(answer) for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

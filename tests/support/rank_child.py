@@ -147,6 +147,9 @@ class Rank:
             step = self.checkpointer.restore(self.state, **options)
         return [step, [str(warning.message) for warning in told]]
 
+    def restore_alone(self) -> int | None:
+        return asyncckpt.restore(self.root, self.state)
+
     def content(self) -> Any:
         """All there is, whole, as numbers."""
         numbers = [_whole(p).double().flatten().tolist() for p in self.model.parameters()]
