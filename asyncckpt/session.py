@@ -255,6 +255,13 @@ class Session:
                 flight.error = flight.error or error
             self._link.send(m.Drop(flight.number))
 
+    def tell(self, attempt: str) -> None:
+        """That the save known by `attempt` has failed is told by now, whether that is known here yet or not."""
+        with self._changed:
+            for handle in (*self._failed, *(flight.handle for flight in self._flights.values())):
+                if handle.attempt == attempt:
+                    handle.told = True
+
     def attempt_of(self, error: BaseException) -> str:
         """Under what the save was known to several ranks that failed with `error`; empty where it was to none."""
         with self._changed:

@@ -40,8 +40,13 @@ class Session(Protocol):
     def release(self, step: int, attempt: str) -> None: ...
     def look(self, attempt: str) -> None: ...
     def abort(self, attempt: str, error: CheckpointError) -> None: ...
+    def tell(self, attempt: str) -> None: ...
     def rewind(self, step: int) -> None: ...
     def delete(self, step: int) -> None: ...
+
+
+_REMEMBERED = 64
+"""Words of failure that are kept: one may come before the save that it is of is launched here."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Saves:
         self._lock = threading.Lock()
         self._handles: dict[str, Handle] = {}
         self._aborted: dict[str, CheckpointError] = {}
+        """Those that another rank has failed at, and that may not be known here yet, or not any more."""
         self._mail = Mail(council.group, self._hear)
 
     def agree(
@@ -126,10 +132,7 @@ class Saves:
 
     def _raise_what_failed(self, verdict: Verdict, step: int) -> None:
         for attempt in verdict.failures:  # told now; where one is still on its way here, it is not told again
-            with self._lock:
-                handle = self._handles.get(attempt)
-            if handle is not None:
-                handle.told = True
+            self._session.tell(attempt)
         for fault in verdict.failures.values():
             raise RankError(f"an earlier save failed: {fault.message}")
         for rank, fault in verdict.faults.items():
@@ -166,7 +169,6 @@ class Saves:
         with self._lock:
             if self._handles.pop(attempt, None) is None:
                 return
-            self._aborted.pop(attempt, None)
         fault = None if handle.error is None else _fault(handle.error)
         word = Word(self._rank, "decided" if handle.outcome == "committed" else "failed", attempt, fault)
         if self._rank == 0:
@@ -181,9 +183,9 @@ class Saves:
             return
         error = _from(word)
         with self._lock:
-            if word.attempt not in self._handles:
-                return
             self._aborted[word.attempt] = error
+            while len(self._aborted) > _REMEMBERED:
+                del self._aborted[next(iter(self._aborted))]
         self._session.abort(word.attempt, error)
 
     def close(self) -> None:

@@ -227,3 +227,19 @@ def test_a_writer_that_is_stopped_fails_the_save_for_all_in_time_and_the_next_on
         assert all_save(world, 2) == [None, None]
         assert [end for end, _ in outcomes(world, 2, [0, 1])] == ["committed"] * 2
         assert examined(tmp_path / "run") == [2]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_without_memory_fails_the_save_for_all_at_once(tmp_path, nursery, victim):
+    """It fails right after all have agreed, when the others may not even have begun."""
+    per_rank = {victim: {"memory_limit": 1000}}
+    with nursery.world(tmp_path / "run", 3, "plain", per_rank=per_rank, rank_timeout=120.0) as world:
+        world.well("open")
+        begun = time.monotonic()
+        for step in (1, 2):
+            answers = all_save(world, step)
+            assert isinstance(answers[victim], RankFailed) and "memory_limit" in str(answers[victim])
+            others = [rank for rank in range(3) if rank != victim]
+            assert [end for end, _ in outcomes(world, step, others)] == ["failed"] * 2
+        assert time.monotonic() - begun < 60, "they waited for the deadline"
+        assert examined(tmp_path / "run") == []
