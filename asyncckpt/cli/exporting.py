@@ -57,7 +57,7 @@ def _newest_with(run: Catalog, part: str) -> int:
 
 def _written(reader: CheckpointReader, part: str, file: Path, dtype: str | None, overwrite: bool) -> list[Exported]:
     """The export, with a progress bar at a terminal."""
-    size, done, lock = reader.part(part).size, 0, threading.Lock()
+    size, done, lock = sum(share.size for share in reader.shares(part)), 0, threading.Lock()
     with progress.bar(lambda: (done, size), f"exporting step {reader.step}") as update:
 
         def read(count: int) -> None:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from asyncckpt.errors import CheckpointError, CheckpointExistsError, CorruptCheckpointError, StorageError
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StorageError,
+)
 from asyncckpt.format.image import ITEM_SIZE, MAX_DIMENSIONS, Entry, Image, Spec, layout
 from asyncckpt.read.cast import CASTABLE, cast
 from asyncckpt.read.contents import MALFORMED, NAMES
@@ -37,6 +43,9 @@ _METADATA = {"format": "pt"}
 
 _MOST = 100
 """So many times the size of the image, and no more, the tensors of a part may take that are stored once and tied."""
+
+_BATCH = 64 << 20
+"""Bytes of tensors that are read together where they can't be read chunk by chunk."""
 
 _BLOCK = 1 << 20
 """Bytes that are cast at once: what lies between the two dtypes then fits a cache."""
@@ -74,7 +83,8 @@ def export(
 
     Each has the name of its path in the part, joined by dots; tensors that are tied or share memory are written each on
     its own. Other values than tensors have no place in such a file. It appears whole and durable, or not at all.
-    `on_bytes` is called with the bytes of each chunk that was read, from several threads.
+    Of what several ranks saved, tensors are put together; of what each rank had of its own it is that of rank 0.
+    `on_bytes` is called with the bytes that were read meanwhile, from several threads.
 
     Raises:
         CheckpointNotFoundError: no such part, or it holds no tensors.
@@ -83,12 +93,13 @@ def export(
         CheckpointError: a tensor that safetensors has no dtype for shares its memory with others.
         StorageError: the file can't be written.
     """
-    with reader.chunks(part) as read:
-        found = contents(reader, part, None if dtype is None else DTYPES[dtype])
-        image = layout([item.spec for item in found], _METADATA)
-        with _new_file(target, image.size, overwrite) as file:
-            _write(file, 0, memoryview(image.header))
-            _Copy(reader, part, read, file, image, found).run(on_bytes)
+    found = contents(reader, part, None if dtype is None else DTYPES[dtype])
+    if not found:
+        raise CheckpointNotFoundError(f"step {reader.step}, part {part!r} holds no tensors")
+    image = layout([item.spec for item in found], _METADATA)
+    with _new_file(target, image.size, overwrite) as file:
+        _write(file, 0, memoryview(image.header))
+        _Copy(reader, part, file, image, found).run(on_bytes)
     return found
 
 
@@ -113,7 +124,7 @@ def contents(reader: CheckpointReader, part: str, to: str | None) -> list[Export
             raise
         message = f"step {reader.step}, part {part!r}: a leaf tree outside the grammar: {error!r}"
         raise CorruptCheckpointError(message, step=reader.step, part=part) from error
-    if sum(item.nbytes for item in found.values()) > _MOST * reader.part(part).size:
+    if sum(item.nbytes for item in found.values()) > _MOST * sum(share.size for share in reader.shares(part)):
         raise CheckpointError(
             f"step {reader.step}, part {part!r}: it names the same bytes more than {_MOST} times over"
         )
@@ -208,40 +219,38 @@ def _unlike_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
 class _Copy:
     """The bytes on their way: chunk by chunk, on several threads, each chunk read once."""
 
-    def __init__(
-        self,
-        reader: CheckpointReader,
-        part: str,
-        read: Callable[[int], memoryview],
-        file: int,
-        image: Image,
-        found: list[Exported],
-    ) -> None:
-        self._reader, self._part, self._read, self._file = reader, part, read, file
+    def __init__(self, reader: CheckpointReader, part: str, file: int, image: Image, found: list[Exported]) -> None:
+        self._reader, self._part, self._file = reader, part, file
         self._chunk_size = reader.part(part).chunk_size
         self._by_chunk: dict[int, list[tuple[Exported, int]]] = {}
         self._whole: list[tuple[Exported, int]] = []
         for item, place in zip(found, image.entries, strict=True):
             width = ITEM_SIZE[item.code]
-            if item.strides is not None or self._chunk_size % width or item.offset % width:
+            several = reader.manifest.world > 1 or item.strides is not None
+            if several or self._chunk_size % width or item.offset % width:
                 self._whole.append((item, place.offset))
             elif item.nbytes:
-                for index in range(
-                    item.offset // self._chunk_size, -(-(item.offset + item.nbytes) // self._chunk_size)
-                ):
+                end = -(-(item.offset + item.nbytes) // self._chunk_size)
+                for index in range(item.offset // self._chunk_size, end):
                     self._by_chunk.setdefault(index, []).append((item, place.offset))
 
     def run(self, on_bytes: Callable[[int], None]) -> None:
-        def copy(index: int) -> None:
-            chunk = self._read(index)
-            self._copy_chunk(index, chunk)
-            on_bytes(len(chunk))
+        if self._by_chunk:
+            with (
+                self._reader.chunks(self._part) as read,
+                ThreadPoolExecutor(THREADS, "asyncckpt-export") as pool,
+            ):
 
-        with ThreadPoolExecutor(THREADS, "asyncckpt-export") as pool:
-            for _ in pool.map(copy, sorted(self._by_chunk)):
-                pass
-        for item, place in self._whole:
-            self._copy_whole(item, place)
+                def copy(index: int) -> None:
+                    chunk = read(index)
+                    self._copy_chunk(index, chunk)
+                    on_bytes(len(chunk))
+
+                for _ in pool.map(copy, sorted(self._by_chunk)):
+                    pass
+        for items in _batches(self._whole):
+            self._copy_whole(items)
+            on_bytes(sum(item.nbytes for item, _ in items))
 
     def _copy_chunk(self, index: int, chunk: memoryview) -> None:
         start = index * self._chunk_size
@@ -249,17 +258,21 @@ class _Copy:
             begin, end = max(item.offset, start), min(item.offset + item.nbytes, start + len(chunk))
             self._put(item, place, begin - item.offset, chunk[begin - start : end - start])
 
-    def _copy_whole(self, item: Exported, place: int) -> None:
-        """A tensor that does not lie row by row, or whose items may lie across two chunks: in memory for once."""
-        data = self._reader.image(self._part, [item.entry.name]).buffer
-        width = ITEM_SIZE[item.code]
-        if item.strides is not None:
-            strides = [s * width for s in item.strides]
-            view = np.ndarray(item.spec.shape, f"V{width}", data, item.offset, strides)
-            rows = np.ascontiguousarray(view).view(np.uint8).reshape(-1).data
-        else:
-            rows = data[item.offset : item.offset + item.nbytes]
-        self._put(item, place, 0, rows)
+    def _copy_whole(self, items: list[tuple[Exported, int]]) -> None:
+        """Tensors whose shards lie in several images, whose items lie across two chunks, or that do not lie row by row.
+
+        They are in memory for once.
+        """
+        image = self._reader.image(self._part, dict.fromkeys(item.entry.name for item, _ in items))
+        for item, place in items:
+            width = ITEM_SIZE[item.code]
+            start = image.entries[item.entry.name].offset + item.offset - item.entry.offset
+            if item.strides is not None:
+                strides = [s * width for s in item.strides]
+                view = np.ndarray(item.spec.shape, f"V{width}", image.buffer, start, strides)
+                self._put(item, place, 0, np.ascontiguousarray(view).view(np.uint8).reshape(-1).data)
+            else:
+                self._put(item, place, 0, image.buffer[start : start + item.nbytes])
 
     def _put(self, item: Exported, place: int, begin: int, data: memoryview) -> None:
         """Write the bytes of `item` from `begin` on, whole items, to the file in which it has its `place`."""
@@ -271,6 +284,20 @@ class _Copy:
         for start in range(0, len(data), _BLOCK):
             done = start // ITEM_SIZE[code] * ITEM_SIZE[becomes]
             _write(self._file, place + done, cast(data[start : start + _BLOCK], code, becomes))
+
+
+def _batches(items: list[tuple[Exported, int]]) -> Iterator[list[tuple[Exported, int]]]:
+    """Items whose entries fit into `_BATCH` bytes together, or of which one alone does not."""
+    batch: list[tuple[Exported, int]] = []
+    held: dict[str, int] = {}
+    for item, place in items:
+        if batch and sum((held | {item.entry.name: item.entry.nbytes}).values()) > _BATCH:
+            yield batch
+            batch, held = [], {}
+        batch.append((item, place))
+        held[item.entry.name] = item.entry.nbytes
+    if batch:
+        yield batch
 
 
 @contextmanager

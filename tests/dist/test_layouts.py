@@ -1,9 +1,15 @@
 """What one layout has saved every other restores: worlds of other sizes, sharded, alike, or one plain process."""
 
 import pytest
+import safetensors.torch
+import torch
 from support.ranks import RankFailed
 
 import asyncckpt
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.read.export import export
+from asyncckpt.read.reader import CheckpointReader
+from asyncckpt.storage.local import LocalStorage
 
 
 def train_and_save(world, step):
@@ -54,6 +60,11 @@ def test_what_is_alike_is_stored_once(tmp_path, nursery, layout, size):
     state = asyncckpt.load(root)
     one_copy = sum(t.nbytes for t in state["model"].values())
     one_copy += sum(t.nbytes for entry in state["optimizer"]["state"].values() for t in entry.values())
+    with CheckpointReader(Catalog(LocalStorage(str(root))), 1) as reader:
+        export(reader, "model", tmp_path / "model.safetensors")
+    whole = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert whole.keys() == state["model"].keys()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in state["model"].items())
     headers = stored = 0
     for path in asyncckpt.open(root).path(1).glob("*.safetensors"):
         if path.name.startswith(("model", "optimizer")):

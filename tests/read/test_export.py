@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoints import Part, commit
+from support.checkpoints import Part, commit, flip
 from support.models import training
+from support.shards import commit_in_shards
 from support.torch_states import bits, damage, run
 
 import asyncckpt
@@ -29,6 +30,7 @@ from asyncckpt.errors import (
     CorruptCheckpointError,
     StorageError,
 )
+from asyncckpt.format import names
 from asyncckpt.read.cast import CASTABLE, cast
 from asyncckpt.read.export import DTYPES, export
 from asyncckpt.read.reader import CheckpointReader
@@ -174,6 +176,24 @@ def test_chunks_of_any_size_are_read(tmp_path: Path, chunk_size: int) -> None:
     commit(LocalStorage(str(tmp_path / "run")), 1, {"model": Part(arrays, tree)}, chunk_size=chunk_size)
     found = exported(tmp_path / "run", dtype="fp16")
     assert all(same(found[name], torch.from_numpy(array).to(torch.float16)) for name, array in arrays.items())
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_what_several_ranks_saved_is_put_together(tmp_path: Path, dtype: str | None) -> None:
+    whole = np.random.default_rng(0).normal(size=(60, 70)).astype(np.float32)
+    cuts = [((0, 0), (60, 30)), ((0, 30), (25, 40)), ((25, 30), (35, 40))]
+    commit_in_shards(tmp_path / "run", whole, cuts)
+    found = exported(tmp_path / "run", dtype=dtype)
+    assert found.keys() == {"w"} and same(found["w"], torch.from_numpy(whole).to(torch.bfloat16 if dtype else None))
+    damage_of(tmp_path / "run", 2)
+    with pytest.raises(CorruptCheckpointError):
+        exported(tmp_path / "run")
+
+
+def damage_of(directory: Path, rank: int) -> None:
+    """Flip the last byte of the image of one rank."""
+    path = asyncckpt.open(directory).path(1) / names.image_file("model", rank)
+    flip(path, path.stat().st_size - 1)
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
