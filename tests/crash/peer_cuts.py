@@ -1,6 +1,6 @@
 """The same power cuts and flipped bytes for this library and for torch's own: what is reported saved, and then?
 
-    unshare -m python -m crash.peer_cuts asyncckpt|dcp ext4|xfs FOLDER CUTS FLIPS SEED
+    unshare -m python -m crash.peer_cuts asyncckpt|dcp|dcp-async ext4|xfs FOLDER CUTS FLIPS SEED
 
 prints what it found as JSON. One process saves one step after another, each call waits until its library says that
 it is saved; no process group. It has torch imported and no thread but its first, so that it may fork.
@@ -81,7 +81,15 @@ class Dcp:
         return state
 
 
-PEERS = {"asyncckpt": Ours(), "dcp": Dcp()}
+class DcpAsync(Dcp):
+    def save_all(self, folder: Path, first: int, tell: Tell) -> None:
+        for step in range(first, 1000):
+            saved = dcp.async_save(state_of(step), checkpoint_id=self.home(folder, step), no_dist=True)
+            getattr(saved, "upload_completion", saved).result(PATIENCE)
+            tell(step)
+
+
+PEERS = {"asyncckpt": Ours(), "dcp": Dcp(), "dcp-async": DcpAsync()}
 
 
 def outcome(peer: Ours | Dcp, folder: Path, step: int) -> str:

@@ -1,32 +1,35 @@
-"""Bugs to be planted into the package, each by replacing the one function that it would be in."""
+"""Bugs to be planted into the package, each by replacing the one function that it would be in. Torch-free: what has to
+be planted on the other side is in `planted_face`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
-from asyncckpt import fetching
 from asyncckpt.catalog.custody import Custody
+from asyncckpt.catalog.ownership import RunLock
 from asyncckpt.errors import CorruptCheckpointError, StorageError
-from asyncckpt.format import names
+from asyncckpt.format import manifest, names
+from asyncckpt.format.image import Entry
 from asyncckpt.policy import keep
-from asyncckpt.policy.codec import Rates
 from asyncckpt.policy.records import Record
-from asyncckpt.read import select
+from asyncckpt.read import reader
 from asyncckpt.read.pieces import PieceReader
-from asyncckpt.session import Session
 from asyncckpt.storage.files import LocalWritable
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
-from asyncckpt.write import messages as m
-from asyncckpt.write import pipeline, ranks
+from asyncckpt.write import client, pipeline, ranks
 from asyncckpt.write.parts import RawPart
 from asyncckpt.write.service import Service
 
@@ -150,30 +153,6 @@ def worker_error_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RawPart, "write", write_carelessly)
 
 
-def death_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def writer_ended(self: Session, reason: str) -> None:
-        with self._changed:
-            flights = [f for f in self._flights.values() if not f.released]
-        for flight in flights:
-            how = False, flight.size, "raw", Rates()
-            self._settle(flight, m.Committed(flight.number, flight.size, 0.0, 0.0, 0.0, *how))
-
-    monkeypatch.setattr(Session, "_writer_ended", writer_ended)
-
-
-def leased_arena_given_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def land_when_copied(self: Session, flight: Any) -> None:
-        if flight.copied and flight.number in self._flights:
-            if flight.arena is not None:
-                self._pool.give_back(flight.arena)
-                flight.arena = None
-            if flight.released:
-                del self._flights[flight.number]
-                self._changed.notify_all()
-
-    monkeypatch.setattr(Session, "_land", land_when_copied)
-
-
 def overwrite_unlinks_first(monkeypatch: pytest.MonkeyPatch) -> None:
     publish = LocalStorage.publish
 
@@ -213,11 +192,76 @@ def digest_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PieceReader, "read_into", read)
 
 
-def nothing_when_all_are_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    def newest(catalog: Any, read: Any) -> Any:
-        try:
-            return select.newest(catalog, read)
-        except CorruptCheckpointError:
-            return None, {}
+def deleted_though_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Custody, "_alone", lambda self, folder: self.storage.hold(folder))
 
-    monkeypatch.setattr(fetching, "newest", newest)
+
+def leftovers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Custody, "sweep", lambda self: None)
+
+
+def run_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunLock, "_try", staticmethod(lambda directory: os.open(directory, os.O_RDONLY)))
+
+
+def writer_left_over_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = RunLock.acquire
+    monkeypatch.setattr(RunLock, "acquire", lambda directory, timeout, cancelled=None: acquire(directory, 0.0))
+
+
+def staged_given_up_with_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    orphaned = Service.orphaned
+
+    def give_up(self: Service) -> None:
+        for save in self._saves.values():
+            save.seal = None
+        orphaned(self)
+
+    monkeypatch.setattr(Service, "orphaned", give_up)
+
+
+def writer_in_the_trainers_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+    popen = lambda *args, start_new_session=False, **options: start(*args, **options)  # noqa: E731
+    monkeypatch.setattr(client, "subprocess", SimpleNamespace(Popen=popen, DEVNULL=subprocess.DEVNULL))
+
+
+def trainers_end_told_by_the_link_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_pidfd", lambda pid, closing: None)
+
+
+def seal_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseal(data: bytes, record_type: Any, what: str) -> Any:
+        try:
+            return msgspec.json.decode(data.rpartition(b',"sha256":"')[0] + b"}", type=record_type)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise CorruptCheckpointError(f"{what}: {error}") from error
+
+    monkeypatch.setattr(manifest, "unseal", unseal)
+
+
+def header_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "header_size", lambda first, size: 8 + struct.unpack("<Q", first[:8])[0])
+
+
+def offsets_taken_at_their_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse_header(header: bytes, size: int) -> Any:
+        table = msgspec.json.decode(header[8:])
+        table.pop("__metadata__", None)
+        entries = {}
+        for name, item in table.items():
+            start, end = item["data_offsets"]
+            entries[name] = Entry(name, item["dtype"], tuple(item["shape"]), len(header) + start, end - start)
+        return entries
+
+    monkeypatch.setattr(reader, "parse_header", parse_header)
+
+
+def links_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Posix, "open", lambda self, path, direct: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    monkeypatch.setattr(LocalStorage, "_refuse_links", lambda self, key: None)
+
+
+def files_for_all_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    monkeypatch.setattr(Posix, "create", lambda self, path, direct: os.open(path, flags, 0o644))

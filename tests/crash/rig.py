@@ -27,6 +27,15 @@ FACTOR = float(os.environ.get("ASYNCCKPT_TORTURE", "1"))
 """How much longer than usual the long forms are."""
 
 
+TESTS = Path(__file__).parents[1]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """For a process that imports from the tests; what is planted into this one is planted into that."""
+    home = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(TESTS), str(TESTS.parent)]))
+    return {**os.environ, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **variables}
+
+
 def scaled(count: int) -> int:
     return max(1, round(count * FACTOR))
 

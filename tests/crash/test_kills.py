@@ -1,14 +1,12 @@
 """A save reported committed survives SIGKILL at any storage operation, and so does it survive a killed recovery."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from crash.rig import FACTOR, Progress, scaled
+from crash.rig import FACTOR, Progress, environment, scaled
 from crash.scenarios import SCENARIOS
 
 TRIALS = 12
@@ -18,11 +16,8 @@ ROUND = 120
 
 def sweep(name, mode, trials, seed):
     """Kills by a process of its own: see `kill_sweep`."""
-    tests = Path(__file__).parents[1]
-    home = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = {**os.environ, "PYTHONPATH": home, "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "crash.kill_sweep", name, mode, str(trials), str(seed)]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 

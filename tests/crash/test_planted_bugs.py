@@ -20,7 +20,7 @@ from asyncckpt.testing.promises import Saved, Saving
 from asyncckpt.testing.service import content_of_value
 from asyncckpt.write import client
 from asyncckpt.write import messages as m
-from crash import planted
+from crash import planted, planted_face
 from crash.errors import DEEDS, Trial
 from crash.rig import cut_everywhere, cut_recovery, record
 from crash.scenarios import SCENARIOS, value
@@ -168,12 +168,12 @@ BUGS = {
     "fsync retried after failure": (planted.fsync_retried, error("fsync", "EIO"), "fsynced again"),
     "fsync retried, and what it loses": (planted.fsync_retried, error("fsync", "EIO", samples=16), DAMAGED),
     "worker exception swallowed": (planted.worker_error_swallowed, error("pwrite", "ENOSPC"), DAMAGED),
-    "writer death taken for done": (planted.death_taken_for_done, death, LOST),
-    "a later save overwrites a leased arena": (planted.leased_arena_given_out, arenas, "damaged|of another"),
+    "writer death taken for done": (planted_face.death_taken_for_done, death, LOST),
+    "a later save overwrites a leased arena": (planted_face.leased_arena_given_out, arenas, "damaged|of another"),
     "record of a rank seen before it is durable": (planted.rank_record_not_durable, power("ranks"), DAMAGED),
     "commit without waiting for the other ranks": (planted.ranks_not_waited_for, one_of_two_ranks, DAMAGED),
     "digest not checked": (planted.digest_not_checked, flipped, "never saved"),
-    "nothing when all are bad": (planted.nothing_when_all_are_bad, all_damaged, "restore gave None"),
+    "nothing when all are bad": (planted_face.nothing_when_all_are_bad, all_damaged, "restore gave None"),
 }
 
 

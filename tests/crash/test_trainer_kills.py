@@ -1,14 +1,12 @@
 """What a killed trainer was told staged or committed is what the next one finds, bit for bit."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from crash.rig import FACTOR, scaled
+from crash.rig import FACTOR, environment, scaled
 
 TRIALS = 5 if FACTOR <= 1 else 8
 
@@ -16,11 +14,8 @@ TRIALS = 5 if FACTOR <= 1 else 8
 @pytest.mark.timeout(3600)
 def test_kills_at_any_instant(figure):
     """By processes of their own: see `trainer_kills`."""
-    tests = Path(__file__).parents[1]
-    home = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = {**os.environ, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "crash.trainer_kills", str(scaled(TRIALS)), "1"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=3000)
+    done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, timeout=3000)
     assert done.returncode == 0
     found = json.loads(done.stdout)
     kills = sum(found["kills"].values())

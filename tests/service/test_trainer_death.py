@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ if int(workers):  # forked with the link of the writer in their hands
 if phase != "copying":
     assert handle.wait_staged(60)
 torch.save([p.detach() for p in model.parameters()], folder + "/../weights.pt")
-print("staged" if handle._staged.is_set() else "copying", ckpt.stats().writer_pid, flush=True)
+held = [worker.pid for worker in batches._workers] if int(workers) else []
+print("staged" if handle._staged.is_set() else "copying", ckpt.stats().writer_pid, *held, flush=True)
 sys.stdin.read()
 """
 
@@ -77,12 +79,14 @@ def test_killed_while_the_writer_is_at(verb, after, how, tmp_path, start):
 
 
 def test_killed_with_data_loader_workers_alive(tmp_path, start):
-    """They hold the writer's link open: it must notice the trainer's death all the same."""
+    """They hold the writer's link open, here for ever: it must notice the trainer's death all the same."""
     hold = Hold(tmp_path / "hold", "pwrite", 1)
     trainer = start(TRAINER, tmp_path / "run", "writing", 2, *hold.command)
-    word, writer = trainer.read_line().split()
-    assert word == "staged"
+    word, writer, *workers = trainer.read_line().split()
+    assert word == "staged" and len(workers) == 2
     hold.wait_reached()
+    for worker in workers:
+        os.kill(int(worker), signal.SIGSTOP)
     trainer.kill(signal.SIGKILL)
     hold.release()
     wait_for_end(int(writer))
@@ -112,7 +116,7 @@ def test_the_next_start_waits_for_the_writer_left_over_and_gets_its_checkpoint(t
     with pytest.raises(asyncckpt.ConflictError) as caught:
         asyncckpt.Checkpointer(tmp_path / "run", lock_timeout=0)
     assert caught.value.pid == writer
-    hold.release()
+    threading.Timer(1.5, hold.release).start()  # about when the next one comes to wait
     model = torch.nn.Sequential(*(torch.nn.Linear(128, 128) for _ in range(4)))
     with asyncckpt.Checkpointer(tmp_path / "run", lock_timeout=PATIENCE) as ckpt:
         assert ckpt.restore({"model": model}, parts=["model"]) == 2
