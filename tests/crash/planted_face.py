@@ -72,7 +72,6 @@ def leaving_does_not_drain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forked_child_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checkpointer, "_check_usable", lambda self: None)
     monkeypatch.setattr(SaveHandle, "_check_process", lambda self: None)
 
 

@@ -36,7 +36,7 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": home, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **variables}
 
 
-def scaled(count: int) -> int:
+def scaled(count: float) -> int:
     return max(1, round(count * FACTOR))
 
 

@@ -9,8 +9,8 @@ import pytest
 from crash.rig import FACTOR, Progress, environment, scaled
 from crash.scenarios import SCENARIOS
 
-TRIALS = 12
-ROUND = 120
+TRIALS = 12 if FACTOR <= 1 else 7.5
+ROUND = 100
 """Trials of one process in the long form: so often is progress shown."""
 
 
@@ -35,5 +35,5 @@ def test_kills_at_every_operation(figure, name, mode):
         broken += found["violations"]
         progress.step(f"{kills} kills")
     figure("kills", kills)
-    assert kills >= (TRIALS // 2 if FACTOR <= 1 else ROUND // 2)
+    assert kills >= (scaled(TRIALS) // 2 if FACTOR <= 1 else ROUND // 2)
     assert not broken, f"{len(broken)} in {kills} kills:\n" + "\n".join(broken[:10])
