@@ -9,8 +9,8 @@ import pytest
 from crash.rig import FACTOR, Progress, environment, scaled
 from crash.scenarios import SCENARIOS
 
-TRIALS = 12 if FACTOR <= 1 else 7.5
-ROUND = 100
+TRIALS = 12 if FACTOR <= 1 else 6
+ROUND = 80
 """Trials of one process in the long form: so often is progress shown."""
 
 
