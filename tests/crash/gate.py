@@ -43,9 +43,7 @@ class Mutant:
     tests: str
     found: str
     slow: bool = False
-    """Found only when patience ends, or by many trials: for the long form."""
-    torture: int = 1
-    """How much longer than usual its tests are to try."""
+    """Found only when patience ends: for the long form."""
 
 
 _KILLS = "crash/test_kills.py::test_kills_at_every_operation"
@@ -59,14 +57,6 @@ MUTANTS = {
     "kills, leftovers stay": Mutant("18", "planted:leftovers_stay", f"{_KILLS}[plain-buffered]", "the sweep left"),
     "staged given up with its trainer": Mutant(
         "3", "planted:staged_given_up_with_the_trainer", f"{_TRAINER}{_OPERATION}-kill]", "CheckpointNotFound|== 2"
-    ),
-    "kills of trainers, staged given up": Mutant(
-        "3",
-        "planted:staged_given_up_with_the_trainer",
-        "crash/test_trainer_kills.py",
-        "had been promised",
-        slow=True,
-        torture=5,
     ),
     "writer in the trainer's group": Mutant(
         "3", "planted:writer_in_the_trainers_group", f"{_TRAINER}{_OPERATION}-killpg]", "Error|== 2"
@@ -185,7 +175,6 @@ def run(mutant: Mutant, planted: bool) -> tuple[int, str]:
 
 def _child(mutant: Mutant, planted: bool) -> int:
     os.chdir(rig.TESTS.parent)
-    rig.FACTOR = mutant.torture
     resource.setrlimit(resource.RLIMIT_AS, (ROOM, ROOM))
     if planted:
         module, _, name = mutant.plant.partition(":")
