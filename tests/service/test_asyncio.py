@@ -8,6 +8,7 @@ from support.models import train_step, training
 from support.processes import PATIENCE, Hold
 
 import asyncckpt
+import asyncckpt.testing
 from asyncckpt.write import client
 
 
@@ -18,29 +19,30 @@ def runner(request):
 
 
 @pytest.mark.parametrize("writer", ["process", "thread"])
-def test_handles_are_awaited_while_the_loop_goes_on(runner, writer, tmp_path):
+def test_handles_are_awaited_while_the_loop_goes_on(runner, writer, tmp_path, monkeypatch):
+    """The loop itself lets the writing go on: were it to stand still, the saves would never be over."""
+    if writer == "process":
+        release, options = Hold(tmp_path / "hold", "pwrite").install(monkeypatch).release, {}
+    else:
+        hold = asyncckpt.testing.Hold()
+        release, options = hold.release, {"_posix": asyncckpt.testing.FaultyPosix().hold("pwrite", 1, hold)}
+
     async def main():
         state = training()
-        async with asyncckpt.Checkpointer(tmp_path / "run", writer=writer) as ckpt:
-            ticks = 0
+        async with asyncckpt.Checkpointer(tmp_path / "run", writer=writer, max_in_flight=4, **options) as ckpt:
 
             async def tick():
-                nonlocal ticks
-                while True:
-                    ticks += 1
+                for _ in range(10):
                     await asyncio.sleep(0)
+                release()
 
-            ticking = asyncio.create_task(tick())
             handles = []
             for step in range(4):
                 train_step(state)
                 handles.append(ckpt.save(step, state))
-            outcomes = await asyncio.gather(*handles)
-            ticking.cancel()
-            assert ticks > 10
-            return outcomes
+            return await asyncio.gather(*handles, tick())
 
-    assert runner.run(main()) == ["committed"] * 4
+    assert runner.run(main()) == ["committed"] * 4 + [None]
     assert asyncckpt.open(tmp_path / "run").steps() == [0, 1, 2, 3]
 
 
