@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 from asyncckpt.policy.records import Record
-from asyncckpt.policy.stale import needed
+from asyncckpt.policy.stale import needed, source
 
 Policy = Callable[[Sequence[Record]], Iterable[int]]
 """From the records of a run, oldest first, the steps that may go: see `candidates`."""
@@ -33,7 +33,8 @@ class Keep:
     with `allow_stale` takes these parts from. Branches left by a rewind go first.
 
     Args:
-        last: the newest N complete ones; and of those that lack parts and are newer than all of these, the newest N.
+        last: the newest N complete ones; and of those that lack parts and are newer than all of these, the newest N,
+            and the newest N that older ones have all these parts for.
         every: those whose step is a multiple of it.
         within: those made at most so long before the newest. All, where the times of the run go backwards.
         best: the N best by `metric`, the newer of equals; NaN and inf never count. One that has no such metric yet
@@ -96,8 +97,11 @@ class Keep:
         complete = [r for r in records if r.complete]
         newest = complete[-1].step if complete else -1
         lacking = [r for r in records if not r.complete and r.step > newest]
+        whole = [r for r in lacking if all(source(records, part, r.step, r.sequence) for part in r.omitted)]
         kept = {r.step: f"one of the last {self.last}" for r in complete[-self.last :]}
-        return kept | {r.step: "newer than the newest complete one" for r in lacking[-self.last :]}
+        return kept | {
+            r.step: "newer than the newest complete one" for r in lacking[-self.last :] + whole[-self.last :]
+        }
 
     def _every(self, records: list[Record]) -> dict[int, str]:
         if self.every is None:
