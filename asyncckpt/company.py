@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
+from asyncckpt.dist.council import Council
 from asyncckpt.dist.group import Group
+from asyncckpt.dist.loading import Loading
+from asyncckpt.dist.opening import open_together
+from asyncckpt.dist.saving import Saves
 from asyncckpt.errors import NotSupportedError
 from asyncckpt.fetching import Loaded, Wish, fetch
 from asyncckpt.handle import SaveHandle
@@ -18,9 +22,6 @@ from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.view import View
 from asyncckpt.write.messages import Member
-
-if TYPE_CHECKING:
-    from asyncckpt.dist.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -44,61 +45,20 @@ class Granted:
     member: Member | None = None
 
 
-class Company(Protocol):
-    """`rank` is that of this process."""
+class Company:
+    """A process alone. `rank` is that of this process."""
 
-    rank: int
-
-    def open(self, make: Callable[[], Session]) -> Session: ...
-
-    def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
-        """None: the save is not taken, and its handle says why."""
-
-    def launched(self, handle: SaveHandle) -> None:
-        """The writer knows of it."""
-
-    def refused(self, handle: SaveHandle, error: BaseException) -> None:
-        """It was granted, perhaps, and has ended by an exception."""
-
-    def ready(self, attempt: str) -> None: ...
-
-    def ended(self, handle: SaveHandle) -> None: ...
-
-    def fetch(
-        self,
-        state: Mapping[str, Any],
-        step: int | None,
-        wish: Wish,
-        rename: Rename | None,
-        rewind: Callable[[int], None],
-    ) -> Filling | None:
-        """What `state` is to be filled with. `rewind` is called with the step when that is certain."""
-
-    def once(self, what: str, do: Callable[[], None]) -> None:
-        """Do something that is done once for all ranks."""
-
-    def due(self, step: int, wish: bool) -> bool:
-        """Whether all save `step`, where this process would."""
-
-    def check_foreseeable(self) -> None:
-        """
-        Raises:
-            NotSupportedError: only `due` can tell what all ranks would do.
-        """
-
-    def close(self) -> None: ...
-
-
-class Alone:
     rank = 0
 
     def __init__(self, run: Run) -> None:
         self._run = run
 
     def open(self, make: Callable[[], Session]) -> Session:
+        """The session with the writer, which `make` gives."""
         return make()
 
     def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
+        """None: the save is not taken, and its handle says why."""
         if asked.failed:
             asked.raise_failed()
         what = asked.describe()
@@ -109,16 +69,16 @@ class Alone:
         return Granted(what, arena)
 
     def launched(self, handle: SaveHandle) -> None:
-        pass
+        """The writer knows of it."""
 
     def refused(self, handle: SaveHandle, error: BaseException) -> None:
-        pass
+        """It was granted, perhaps, and has ended by an exception."""
 
     def ready(self, attempt: str) -> None:
-        pass
+        """What this rank writes of a save is durable."""
 
     def ended(self, handle: SaveHandle) -> None:
-        pass
+        """Its outcome is known."""
 
     def fetch(
         self,
@@ -128,6 +88,7 @@ class Alone:
         rename: Rename | None,
         rewind: Callable[[int], None],
     ) -> Filling | None:
+        """What `state` is to be filled with. `rewind` is called with the step when that is certain."""
         loaded = self._run.fetch(step, wish, View(state, rename=rename))
         if loaded is None:
             return None
@@ -136,32 +97,44 @@ class Alone:
         return filling
 
     def once(self, what: str, do: Callable[[], None]) -> None:
+        """Do something that is done once for all ranks; `what` says to a person what it is."""
         do()
 
     def due(self, step: int, wish: bool) -> bool:
+        """Whether all save `step`, where this process would."""
         return wish
 
     def check_foreseeable(self) -> None:
-        pass
+        """
+        Raises:
+            NotSupportedError: only `due` can tell what all ranks would do.
+        """
 
     def close(self) -> None:
-        pass
+        """Nothing comes any more."""
 
 
-class Together:
-    """One of several ranks: what it does it does when all have come to it."""
+class Together(Company):
+    """One of several ranks: what it does it does when all have come to it, or within `patience` seconds not at all."""
 
-    def __init__(self, ranks: Ranks, run: Run, settings: dict[str, str], cadence: object) -> None:
-        self.rank = ranks.rank
-        self._ranks, self._run, self._settings = ranks, run, settings
+    def __init__(self, run: Run, group: Group, patience: float, settings: dict[str, str], cadence: object) -> None:
+        super().__init__(run)
+        self.rank = group.rank
+        self._group, self._settings = group, settings
+        self._council = Council(group, patience)
+        self._saves: Saves | None = None
+        """From `open` on."""
         self._by_step = cadence is None or (isinstance(cadence, Every) and cadence.minutes is None)
 
     def open(self, make: Callable[[], Session]) -> Session:
-        return self._ranks.open(self._run.storage, self._settings, make, lambda session: session.close())
+        session = open_together(self._council, self._run.storage, self._settings, make, lambda made: made.close())
+        self._saves = Saves(self._council, session)
+        return session
 
     def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
+        assert self._saves is not None
         failed = {session.attempt_of(error) or f"#{i}": error for i, error in enumerate(asked.failed)}
-        agreed = self._ranks.agree(
+        agreed = self._saves.agree(
             handle, asked.state, asked.describe, asked.when_full, asked.overwrite, failed, asked.raise_failed
         )
         if agreed is None:
@@ -171,16 +144,20 @@ class Together:
         return Granted(agreed.what, arena, agreed.member)
 
     def launched(self, handle: SaveHandle) -> None:
-        self._ranks.launched(handle)
+        assert self._saves is not None
+        self._saves.launched(handle)
 
     def refused(self, handle: SaveHandle, error: BaseException) -> None:
-        self._ranks.refused(handle, error)
+        assert self._saves is not None
+        self._saves.refused(handle, error)
 
     def ready(self, attempt: str) -> None:
-        self._ranks.ready(attempt)
+        if self._saves is not None:
+            self._saves.ready(attempt)
 
     def ended(self, handle: SaveHandle) -> None:
-        self._ranks.ended(handle)
+        if self._saves is not None:
+            self._saves.ended(handle)
 
     def fetch(
         self,
@@ -192,7 +169,7 @@ class Together:
     ) -> Filling | None:
         if wish.allow_stale:
             raise NotSupportedError("allow_stale= can't be had yet in a job of several ranks; leave it out")
-        view = View(state, self._ranks.rank, self._ranks.world, rename)
+        view = View(state, self._group.rank, self._group.world, rename)
 
         def read(step: int) -> Filling:
             loaded = self._run.fetch(step, wish, view)
@@ -202,7 +179,7 @@ class Together:
         def choose(read_all: Callable[[int], Filling]) -> Loaded | None:
             return fetch(self._run.catalog, step, wish, one=lambda step: read_all(step).loaded)
 
-        found = self._ranks.load(read, choose, rewind)
+        found = Loading(self._council, read, rewind).run(choose)
         if found is None:
             return None
         filling, chosen = found
@@ -210,10 +187,10 @@ class Together:
         return filling
 
     def once(self, what: str, do: Callable[[], None]) -> None:
-        self._ranks.at_rank_0(what, do)
+        self._council.at_rank_0(what, do)
 
     def due(self, step: int, wish: bool) -> bool:
-        return wish if self._by_step else self._ranks.rank_0_says(f"maybe_save of step {step}", wish)
+        return wish if self._by_step else self._council.rank_0_says(f"maybe_save of step {step}", wish)
 
     def check_foreseeable(self) -> None:
         if not self._by_step:
@@ -223,7 +200,8 @@ class Together:
             )
 
     def close(self) -> None:
-        self._ranks.close()
+        if self._saves is not None:
+            self._saves.close()
 
 
 def company(
@@ -242,12 +220,10 @@ def company(
     """
     group = Group.default()
     if group is None:
-        return Alone(run)
+        return Company(run)
     for what, asked in not_there.items():
         if asked:
             raise NotSupportedError(f"{what} can't be had yet in a job of several ranks; leave it out")
     if when_full not in ("wait", "skip"):
         raise NotSupportedError(f"when_full={when_full!r}: several ranks can 'wait' or 'skip'")
-    from asyncckpt.dist.ranks import Ranks  # whoever is alone need not wait for what it loads
-
-    return Together(Ranks(group, rank_timeout), run, settings, cadence)
+    return Together(run, group, rank_timeout, settings, cadence)

@@ -1,4 +1,5 @@
-"""Several ranks, one checkpoint. All of it runs on the training thread, but for the doorbells.
+"""Several ranks, one checkpoint. All of it runs on the training thread, but for the doorbells;
+`asyncckpt.company` is what joins it to the Checkpointer.
 
 group    which ranks there are, and the store that they share
 council  rounds: every rank offers, rank 0 decides for all, with a deadline
@@ -9,5 +10,4 @@ share    what a rank snapshots: its part of what it has
 saving   one save, agreed and followed to its end
 opening  one run for all ranks
 loading  one step for all ranks
-ranks    the face of all this to the Checkpointer
 """

@@ -6,6 +6,7 @@ must not hold the others for longer than was agreed. On the training thread only
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from asyncckpt.dist.group import Group
 from asyncckpt.errors import RankError
 from asyncckpt.write.messages import Fault
 
+log = logging.getLogger("asyncckpt")
 Offer = TypeVar("Offer")
 Verdict = TypeVar("Verdict")
 _FIRST_PAUSE, _LAST_PAUSE = 0.0002, 0.02
@@ -32,6 +34,14 @@ class _Decided(msgspec.Struct):
     body: msgspec.Raw = msgspec.Raw(b"\xc0")
     fault: Fault | None = None
     late: bool = False
+
+
+class _Nothing(msgspec.Struct):
+    pass
+
+
+class _Wish(msgspec.Struct):
+    wish: bool
 
 
 class LateRankError(RankError):
@@ -75,6 +85,23 @@ class Council:
                 f"{what}: the store that the ranks share can't be reached ({error}). Has the process that keeps it, "
                 "rank 0 or torchrun, ended?"
             ) from error
+
+    def at_rank_0(self, what: str, do: Callable[[], None]) -> None:
+        """Let rank 0 do something, when all ranks have come to it; it has done it, or raised, on return of all."""
+
+        def decide(offers: object) -> _Nothing:
+            do()
+            return _Nothing()
+
+        self.agree(what, _Nothing(), decide, _Nothing)
+
+    def rank_0_says(self, what: str, wish: bool) -> bool:
+        """What rank 0 wishes, on all ranks. A rank that does not come in time makes it False."""
+        try:
+            return self.agree(what, _Wish(wish), lambda wishes: wishes[0], _Wish).wish
+        except LateRankError as error:
+            log.warning("%s", error)
+            return False
 
     def _key(self, who: object) -> str:
         return f"round/{self._round}/{who}"

@@ -128,7 +128,7 @@ class Staged(msgspec.Struct, tag=True, frozen=True):
 class Seal(msgspec.Struct, tag=True, frozen=True):
     """The snapshot is whole, and consistent. Its leaf trees, by part, are the JSON at `offset` of the arena.
 
-    Of one of several ranks, `shares` bytes of JSON follow: by part, the pieces of entries that it has; a part that is
+    Of one of several ranks, `shares` bytes of JSON follow: by part, the shards of entries that it has; a part that is
     not among the trees has the tree of rank 0.
     """
 
@@ -256,10 +256,6 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     records: list[Record]
 
 
-class Retired(msgspec.Struct, tag=True, frozen=True):
-    steps: list[int]
-
-
 class Done(msgspec.Struct, tag=True, frozen=True):
     """The answer to Delete, RewindTo and Reserve."""
 
@@ -270,7 +266,7 @@ class Done(msgspec.Struct, tag=True, frozen=True):
 OfRun = Delete | RewindTo | Reserve
 """What is asked of the run, and answered by Done."""
 Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Look | Hurry | Trust | OfRun | Release | Advice | Close
-Reply = Opened | Refused | Progress | Ready | Committed | Failed | Dropped | Ask | Retired | Done
+Reply = Opened | Refused | Progress | Ready | Committed | Failed | Dropped | Ask | Done
 
 _LENGTH = struct.Struct("<I")
 

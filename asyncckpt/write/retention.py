@@ -40,7 +40,7 @@ class Retention:
     async def after_commit(self, manifest: Manifest, replaced: str | None) -> None:
         """Remove what a commit replaced, then what the policy lets go."""
         async with self._custody() as custody:
-            self._tell(await self._workers.run(custody.after_commit, manifest, replaced))
+            await self._workers.run(custody.after_commit, manifest, replaced)
         if self._asks and not self._over:
             await self._ask()
 
@@ -77,11 +77,7 @@ class Retention:
             return
         policy = partial(_advised, {r.attempt for r in asked if r.step in steps})
         async with self._custody() as custody:
-            self._tell(await self._workers.run(custody.retire, policy))
-
-    def _tell(self, retired: list[int]) -> None:
-        if retired:
-            self._reply(m.Retired(retired))
+            await self._workers.run(custody.retire, policy)
 
 
 def _advised(attempts: set[str], records: Sequence[Record]) -> list[int]:
