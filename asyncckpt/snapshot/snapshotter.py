@@ -6,6 +6,7 @@ behind the fence, unless everything is to be copied at once.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import warnings
@@ -29,6 +30,7 @@ from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.workers import DaemonPool
 
+log = logging.getLogger("asyncckpt")
 MAX_THREADS = 8
 
 
@@ -177,19 +179,26 @@ class Snapshotter:
         looks: list[Look] = []
         device_looks: list[Look] = []
         on_device: list[tuple[PartPlan, int, list[int]]] = []
+        splits = {
+            name: self._split(name, what.exports.get(name, name), what.parts[name], owned)
+            for name, _, size in what.spans
+            if size
+        }
+        at_once = arena.ready or not any(split.late for split in splits.values())
         for name, base, size in what.spans:
             if not size:
                 continue
-            part = what.parts[name]
-            split = self._split(name, what.exports.get(name, name), part, owned)
+            part, split = what.parts[name], splits[name]
             plan = part.plan
             on_gpu = {i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"}
             if on_gpu:
                 pin(arena)
                 device.enqueue(plan, [i for i in split.eager if i in on_gpu], base, arena)
                 on_device.append((plan, base, [i for i in split.late if i in on_gpu]))
-            if owned is not None and not arena.ready:
-                plan = _detach_eager(plan, split.eager)
+            if not at_once:
+                detached = _detach_eager(plan, split.eager)
+                at_once = detached is None
+                plan = detached or plan
             program = self._program(part, plan, split, base, arena)
             now.extend(program.eager)
             later.extend(program.late)
@@ -207,12 +216,12 @@ class Snapshotter:
             self._all_hands(snapshot.start(now + later, end, arena))
             return snapshot
         self._guard_loading(what)
-        if arena.ready:
-            at_once = CopyJob(now, end, arena, lambda upto: None, lambda error: None)
-            self._all_hands(at_once)
-            if at_once.error is not None:
+        if at_once:
+            eager = CopyJob(now, end, arena, lambda upto: None, lambda error: None)
+            self._all_hands(eager)
+            if eager.error is not None:
                 device.wait()
-                raise at_once.error
+                raise eager.error
             now = []
         fence.take_off(snapshot)
         job = snapshot.start(now + later, end, arena)
@@ -311,16 +320,23 @@ class Snapshotter:
             self._helpers.shutdown()
 
 
-def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan:
-    """The plan with copies in place of the eager sources, for an arena whose pages are yet to be taken."""
+def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan | None:
+    """The plan with copies in place of the eager sources, for an arena whose pages are yet to be taken.
+
+    None: there is no memory for these copies.
+    """
     sources = list(plan.sources)
     for i in eager:
         source = sources[i]
         if source.data.device.type != "cuda":
-            if source.cast is None:
-                data = dtypes.as_plain(source.data).clone(memory_format=torch.preserve_format)
-            else:
-                data = source.data.to(source.cast)  # always a copy: a cast is to another dtype
+            try:
+                if source.cast is None:
+                    data = dtypes.as_plain(source.data).clone(memory_format=torch.preserve_format)
+                else:
+                    data = source.data.to(source.cast)  # always a copy: a cast is to another dtype
+            except RuntimeError as error:
+                log.debug("copied into the snapshot itself: %s", error)
+                return None
             sources[i] = Source(data, source.live, source.contiguous)
     return PartPlan(plan.specs, sources, plan.image)
 

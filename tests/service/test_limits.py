@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import training
 from support.processes import PATIENCE, until
 
 import asyncckpt
@@ -150,7 +151,7 @@ def test_a_writer_that_cannot_even_start_is_told(tmp_path, monkeypatch, what):
 
 @pytest.mark.parametrize("writer", ["process", "thread"])
 def test_too_little_address_space_for_a_snapshot_is_a_clear_error(tmp_path, writer):
-    large = torch.zeros(40 << 20)
+    large = torch.zeros(128 << 20)
     with asyncckpt.Checkpointer(tmp_path / "run", writer=writer) as ckpt:
         with (
             limit(0, resource.RLIMIT_AS, address_space("self") + (64 << 20)),
@@ -158,6 +159,21 @@ def test_too_little_address_space_for_a_snapshot_is_a_clear_error(tmp_path, writ
         ):
             ckpt.save(1, {"x": large})
         assert ckpt.save(1, STATE).result(PATIENCE) == "committed"
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_first_save_needs_no_memory_but_its_arena(tmp_path, late):
+    """Where there is more, what is copied before `save` returns is set aside first, so that it returns sooner."""
+    size = 256 << 20
+    state = {"x": torch.arange(size // 4, dtype=torch.int32), **(training() if late else {})}
+    with asyncckpt.Checkpointer(tmp_path / "run", overlap=True) as ckpt:
+        with limit(0, resource.RLIMIT_AS, address_space("self") + size * 3 // 2):
+            handle = ckpt.save(1, state)
+            ckpt.fence()
+        state["x"].zero_()
+        assert handle.result(PATIENCE) == "committed"
+    there = asyncckpt.load(tmp_path / "run", parts=["x"])["x"]
+    assert torch.equal(there, torch.arange(size // 4, dtype=torch.int32))
 
 
 @contextmanager
