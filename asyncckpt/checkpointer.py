@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from asyncckpt import arguments, progress, signals
 from asyncckpt.company import Request, company
-from asyncckpt.errors import CheckpointError, CheckpointExistsError, StorageError, TornSnapshotError
+from asyncckpt.errors import CheckpointError, StorageError, TornSnapshotError
 from asyncckpt.fetching import Wish
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
@@ -39,6 +39,7 @@ from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.stats import Stats
 from asyncckpt.storage.posix import Posix
+from asyncckpt.taken import TakenSteps
 
 log = logging.getLogger("asyncckpt")
 _WHEN_FULL = ("wait", "skip", "replace", "raise")
@@ -182,10 +183,6 @@ class Checkpointer:
         self._watch = Watch(preempt, self._notice_came) if preempt is not None else None
         self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced, clocks=clocks)
         self._newest: SaveHandle | None = None
-        self._passed_over: set[int] = set()
-        """Steps that were damaged when a restore wanted them."""
-        self._lacking: set[int] = set()
-        """Steps that had not all parts when a restore wanted them."""
         self._warned: set[BaseException] = set()
         self._metric_missed = False
         try:
@@ -203,7 +200,7 @@ class Checkpointer:
             self._snapshotter.close()
             raise
         try:
-            self._taken = set(self._run.taken())  # by the owner: from now on only this one adds to them
+            self._taken = TakenSteps(self._run)
             fence.install(self._schedule.meter)
             if self._watch is not None:
                 self._watch.start()
@@ -263,7 +260,7 @@ class Checkpointer:
 
         def describe() -> Description:
             nonlocal replace
-            replace = self._may_replace(step, overwrite)
+            replace = self._taken.may_replace(step, overwrite, session.in_flight)
             what = self._snapshotter.describe(state, chosen)
             saved.extend(name for name in what.parts if name not in what.exports)
             self._check_room(what.size)
@@ -422,11 +419,9 @@ class Checkpointer:
         if filling is None:
             return None
         loaded = filling.loaded
-        self._passed_over.update(loaded.passed_over)
-        if parts is None:
-            self._lacking.update(loaded.lacking)
-            if self._company.rank == 0:
-                self._session.trust(loaded.step)
+        self._taken.restored(loaded, whole=parts is None)
+        if parts is None and self._company.rank == 0:
+            self._session.trust(loaded.step)
         filling()
         self._schedule.restored(loaded.parts.keys() - loaded.stale.keys(), loaded.stale)
         return loaded.step
@@ -632,39 +627,6 @@ class Checkpointer:
         newest.add_done_callback(partial(report, notice, self._watch.preemption.grace))
         return newest
 
-    def _may_replace(self, step: int, overwrite: bool) -> bool:
-        """Whether a save of `step` takes the place of a committed one.
-
-        Looks at the storage, which may be slow or hung, only where it may be there.
-        """
-        if overwrite:
-            return True
-        if any(handle.step == step and not handle.done() for handle in self._session.in_flight):
-            raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
-        if step not in self._taken or not self._run.exists(step):
-            return False
-        if step in self._passed_over or self._left_behind(step):
-            return True
-        raise CheckpointExistsError(
-            f"step {step} is committed already in {self._run.storage.url}. Give overwrite=True to replace it, or "
-            "restore(..., rewind=True) to leave the branch it is on."
-        )
-
-    def _left_behind(self, step: int) -> bool:
-        """Whether a restore went back behind `step`, by a rewind or for want of a part, so that it may be saved anew.
-
-        Raises:
-            CheckpointExistsError: it is pinned there.
-        """
-        if step not in self._lacking and step in self._run.steps():
-            return False
-        if self._run.is_pinned(step):
-            raise CheckpointExistsError(
-                f"step {step} is pinned in {self._run.storage.url}, and the training went back behind it. Unpin it, or "
-                "give overwrite=True to replace it."
-            )
-        return True
-
     def _look_for_metric(self, metrics: Mapping[str, float]) -> None:
         """Say once that a save lacks the metric that retention goes by."""
         keep = self._session.options.keep
@@ -697,8 +659,7 @@ class Checkpointer:
 
     def _came_to_an_end(self, number: int, handle: SaveHandle) -> None:
         if handle.outcome == "committed":
-            self._passed_over.discard(handle.step)
-            self._lacking.discard(handle.step)
+            self._taken.committed(handle.step)
         else:
             self._schedule.clocks.came_to_nothing(number)
 

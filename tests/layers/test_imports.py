@@ -19,10 +19,21 @@ LAYERS = [
 """What stands later may import what stands earlier, never the other way."""
 FACE = {
     "checkpointer", "run", "session", "link", "handle", "progress", "advice", "arguments", "stats", "schedule",
-    "preemption", "fetching", "company",
+    "preemption", "fetching", "company", "taken",
 }  # fmt: skip
 """The modules at the top that make up the public surface; one layer."""
-TORCH_SIDE = {"snapshot", "dist", "integrations", "checkpointer", "run", "session", "schedule", "fetching", "company"}
+TORCH_SIDE = {
+    "snapshot",
+    "dist",
+    "integrations",
+    "checkpointer",
+    "run",
+    "session",
+    "schedule",
+    "fetching",
+    "company",
+    "taken",
+}
 NEVER = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 RUNS_CODE = {"eval", "exec", "compile", "__import__", "torch.load", "torch.save", "np.load", "numpy.load"}
 
