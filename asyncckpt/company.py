@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncckpt.dist.council import Council
-from asyncckpt.dist.group import Group
-from asyncckpt.dist.loading import Loading
-from asyncckpt.dist.opening import open_together
-from asyncckpt.dist.saving import Saves
+from asyncckpt.distributed.council import Council
+from asyncckpt.distributed.group import Group
+from asyncckpt.distributed.loading import Loading
+from asyncckpt.distributed.opening import open_together
+from asyncckpt.distributed.saving import Saves
 from asyncckpt.errors import NotSupportedError
 from asyncckpt.fetching import Loaded, Wish, fetch
 from asyncckpt.handle import SaveHandle

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from asyncckpt.arguments import checked_metrics, checked_step
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.dist.group import ranks_of_this_job
+from asyncckpt.distributed.group import ranks_of_this_job
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, NotSupportedError, StateMismatchError
 from asyncckpt.fetching import Loaded, Wish, fetch, listed
 from asyncckpt.format import names

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.dist.decide import Decider
-from asyncckpt.dist.offers import Item, Loose, Offer, Verdict
+from asyncckpt.distributed.decide import Decider
+from asyncckpt.distributed.offers import Item, Loose, Offer, Verdict
 from asyncckpt.format import names
 from asyncckpt.format.image import Spec, layout
 from asyncckpt.format.manifest import CHUNK_SIZE, Chunk, digest

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from asyncckpt.dist.council import Council
+from asyncckpt.distributed.council import Council
 from asyncckpt.errors import CorruptCheckpointError, RankError
 from asyncckpt.write.messages import Fault
 

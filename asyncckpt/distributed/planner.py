@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from asyncckpt.dist.offers import Item
+from asyncckpt.distributed.offers import Item
 from asyncckpt.errors import RankError
 from asyncckpt.format.image import ITEM_SIZE
 from asyncckpt.format.ranks import is_whole
@@ -51,7 +51,9 @@ def _holders(items: list[list[Item]]) -> dict[_Place, list[tuple[int, int]]]:
             first = items[having[0][0]][having[0][1]] if having else None
             other = shards[0] if shards else item
             if (item.dtype, item.shape) != (other.dtype, other.shape) or (first and item.size != first.size):
-                raise _different(f"rank {rank} has another tensor {item.name!r} of part {item.part!r} than a lower rank")
+                raise _different(
+                    f"rank {rank} has another tensor {item.name!r} of part {item.part!r} than a lower rank"
+                )
             having.append((rank, number))
             if first is None:
                 shards.append(item)
@@ -63,6 +65,6 @@ def _holders(items: list[list[Item]]) -> dict[_Place, list[tuple[int, int]]]:
 
 def _different(why: str) -> RankError:
     return RankError(
-        f"the ranks do not have the same tensors under the same names: {why}. What differs by rank must be a DTensor, or "
-        "be given as a plain dict, such as {'model': model.state_dict()}."
+        f"the ranks do not have the same tensors under the same names: {why}. What differs by rank must be a DTensor, "
+        "or be given as a plain dict, such as {'model': model.state_dict()}."
     )

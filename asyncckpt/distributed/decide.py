@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from asyncckpt.dist.offers import Item, Loose, Offer, Verdict
-from asyncckpt.dist.planner import assign
+from asyncckpt.distributed.offers import Item, Loose, Offer, Verdict
+from asyncckpt.distributed.planner import assign
 from asyncckpt.errors import RankError
 from asyncckpt.format.manifest import digest
 
@@ -67,8 +67,8 @@ def _check_alike(offers: Sequence[Offer]) -> None:
         for part, sample in first.samples.items():
             if offer.samples.get(part) != sample:
                 raise RankError(
-                    f"part {part!r} is not the same on rank 0 and rank {rank}. Of modules and optimizers all ranks must "
-                    "have the same tensors with the same values, but for DTensors and buffers. Give a part that is to "
+                    f"part {part!r} is not the same on rank 0 and rank {rank}. Of modules and optimizers all ranks "
+                    "must have the same tensors with the same values, but for DTensors and buffers. Give a part that is to "
                     "differ as a plain dict, such as {'model': model.state_dict()}.",
                     rank=rank,
                 )

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 import torch.distributed as dist
 
-from asyncckpt.dist.council import Council, LateRankError
-from asyncckpt.dist.group import Group
-from asyncckpt.dist.mail import Mail, Word
+from asyncckpt.distributed.council import Council, LateRankError
+from asyncckpt.distributed.group import Group
+from asyncckpt.distributed.mail import Mail, Word
 from asyncckpt.errors import CheckpointNotFoundError, RankError
 
 PATIENCE = 20.0

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch.optim import Optimizer
 
-from asyncckpt.dist.offers import Item, Loose, Offer, Verdict
+from asyncckpt.distributed.offers import Item, Loose, Offer, Verdict
 from asyncckpt.format.image import layout
 from asyncckpt.format.manifest import digest
 from asyncckpt.format.ranks import StoredShard

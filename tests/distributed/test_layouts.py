@@ -99,7 +99,9 @@ def test_another_model_on_each_rank_is_refused_and_nothing_is_written(tmp_path, 
             member.ask("set", value=rank)
         assert [member.answer() for member in world.members] == [None, None]
         answers = world.all("save", step=1)
-        assert all(isinstance(a, RankFailed) and "'model' is not the same on rank 0 and rank 1" in str(a) for a in answers)
+        assert all(
+            isinstance(a, RankFailed) and "'model' is not the same on rank 0 and rank 1" in str(a) for a in answers
+        )
         world.well("set", value=3)
         assert world.well("save", step=2) == [None, None]
         assert world.well("outcome", step=2) == [["committed", ""]] * 2

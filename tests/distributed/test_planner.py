@@ -2,9 +2,9 @@
 
 import pytest
 
-from asyncckpt.dist.decide import Decider
-from asyncckpt.dist.offers import Item, Loose, Offer
-from asyncckpt.dist.planner import assign
+from asyncckpt.distributed.decide import Decider
+from asyncckpt.distributed.offers import Item, Loose, Offer
+from asyncckpt.distributed.planner import assign
 from asyncckpt.errors import RankError
 from asyncckpt.write.messages import Fault
 

@@ -157,9 +157,7 @@ def test_a_rank_that_does_not_come_to_a_save_holds_nobody_for_ever(tmp_path, nur
 def test_a_failed_save_is_raised_on_every_rank_at_the_same_step(tmp_path, nursery):
     fault = {"deed": "fail", "verb": "pwrite", "at": 1, "error": 28}
     per_rank = {1: {"fault": fault}}
-    with nursery.world(
-        tmp_path / "run", 3, "plain", per_rank=per_rank, writer="thread", on_error="raise"
-    ) as world:
+    with nursery.world(tmp_path / "run", 3, "plain", per_rank=per_rank, writer="thread", on_error="raise") as world:
         world.well("open")
         assert all_save(world, 1) == [None] * 3
         assert world.all("ended", [1], step=1) == [True]  # the others may not know it yet
@@ -182,7 +180,6 @@ def test_a_full_queue_is_one_decision(tmp_path, nursery):
             member.ask("save", step=1)
             member.ask("save", step=2)
         assert world.members[0].answer() is None
-        time.sleep(1)
         world.members[1].kill(signal.SIGCONT)
         assert [member.answer() for member in world.members[1:]] == [None]
         assert [member.answer() for member in world.members] == [None, None]

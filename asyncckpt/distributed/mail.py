@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from asyncckpt.dist.group import Group
+from asyncckpt.distributed.group import Group
 from asyncckpt.write.messages import Fault
 
 log = logging.getLogger("asyncckpt")

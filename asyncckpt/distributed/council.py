@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch.distributed as dist
 
-from asyncckpt.dist.group import Group
+from asyncckpt.distributed.group import Group
 from asyncckpt.errors import RankError
 from asyncckpt.write.messages import Fault
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from asyncckpt.dist.council import Council, LateRankError
-from asyncckpt.dist.decide import Decider
-from asyncckpt.dist.mail import Mail, Word
-from asyncckpt.dist.offers import Item, Offer, Verdict
-from asyncckpt.dist.share import Sharer
+from asyncckpt.distributed.council import Council, LateRankError
+from asyncckpt.distributed.decide import Decider
+from asyncckpt.distributed.mail import Mail, Word
+from asyncckpt.distributed.offers import Item, Offer, Verdict
+from asyncckpt.distributed.share import Sharer
 from asyncckpt.errors import CheckpointError, RankError, TornSnapshotError
 from asyncckpt.format import names
 from asyncckpt.snapshot.describe import Description
@@ -164,7 +164,7 @@ class Saves:
             self._mail.send(0, Word(self._rank, "ready", attempt))
 
     def ended(self, handle: Handle) -> None:
-        """Tell the other ranks how a save has ended here: from rank 0 it is final, from others it matters if it failed."""
+        """Tell the other ranks how a save has ended here. From rank 0 it is final, from others a failure is."""
         attempt = handle.attempt
         with self._lock:
             if self._handles.pop(attempt, None) is None:

@@ -1,9 +1,9 @@
 """Several ranks, one checkpoint: what is saved together is restored together."""
 
 import pytest
+from support.ranks import RankFailed
 
 import asyncckpt
-from support.ranks import RankFailed
 
 
 def saved(world, step, **options):

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from asyncckpt.dist.council import Council
+from asyncckpt.distributed.council import Council
 from asyncckpt.errors import CheckpointError, RankError
 from asyncckpt.format import names
 from asyncckpt.storage.base import Storage
