@@ -168,6 +168,10 @@ def test_a_failed_save_is_raised_on_every_rank_at_the_same_step(tmp_path, nurser
         assert examined(tmp_path / "run") == [3]
 
 
+def is_stopped(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def test_a_full_queue_is_one_decision(tmp_path, nursery):
     """One rank's storage hangs; with "skip" the next saves are skipped by all, and the ones after that are taken."""
     fault = {"deed": "stop", "verb": "fsync", "at": 1}
@@ -180,6 +184,7 @@ def test_a_full_queue_is_one_decision(tmp_path, nursery):
             member.ask("save", step=1)
             member.ask("save", step=2)
         assert world.members[0].answer() is None
+        processes.until(lambda: is_stopped(world.members[1].pid))
         world.members[1].kill(signal.SIGCONT)
         assert [member.answer() for member in world.members[1:]] == [None]
         assert [member.answer() for member in world.members] == [None, None]
