@@ -68,8 +68,8 @@ def _check_alike(offers: Sequence[Offer]) -> None:
             if offer.samples.get(part) != sample:
                 raise RankError(
                     f"part {part!r} is not the same on rank 0 and rank {rank}. Of modules and optimizers all ranks "
-                    "must have the same tensors with the same values, but for DTensors and buffers. Give a part that is "
-                    "to differ as a plain dict, such as {'model': model.state_dict()}.",
+                    "must have the same tensors with the same values, but for DTensors and buffers. Give a part that "
+                    "is to differ as a plain dict, such as {'model': model.state_dict()}.",
                     rank=rank,
                 )
 
