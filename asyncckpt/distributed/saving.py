@@ -164,7 +164,7 @@ class Saves:
             self._mail.send(0, Word(self._rank, "ready", attempt))
 
     def ended(self, handle: Handle) -> None:
-        """Tell the other ranks how a save has ended here. From rank 0 it is final; from others only a failure matters."""
+        """Tell the other ranks how a save has ended here. From rank 0 it is final; from others failures matter."""
         attempt = handle.attempt
         with self._lock:
             if self._handles.pop(attempt, None) is None:
