@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from asyncckpt import checkpointer, fetching, link, signals
-from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.handle import SaveHandle
 from asyncckpt.policy.codec import Rates
@@ -18,6 +18,7 @@ from asyncckpt.snapshot import arena
 from asyncckpt.snapshot.arena import ArenaPool
 from asyncckpt.snapshot.snapshotter import Snapshot, Snapshotter
 from asyncckpt.snapshot.torn import Look
+from asyncckpt.taken import TakenSteps
 from asyncckpt.write import messages as m
 
 
@@ -97,13 +98,13 @@ def arenas_never_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def storage_looked_at_by_every_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    may_replace = Checkpointer._may_replace
+    may_replace = TakenSteps.may_replace
 
-    def look_first(self: Checkpointer, step: int, overwrite: bool) -> bool:
+    def look_first(self: TakenSteps, step: int, overwrite: bool, in_flight: Iterable[SaveHandle]) -> bool:
         self._run.exists(step)
-        return may_replace(self, step, overwrite)
+        return may_replace(self, step, overwrite, in_flight)
 
-    monkeypatch.setattr(Checkpointer, "_may_replace", look_first)
+    monkeypatch.setattr(TakenSteps, "may_replace", look_first)
 
 
 def hung_storage_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
