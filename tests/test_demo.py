@@ -18,7 +18,7 @@ from rich.console import Console
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "train_gpt.py"
 LONG = "ASYNCCKPT_DEMO_SEEDS" in os.environ
-SEEDS = int(os.environ.get("ASYNCCKPT_DEMO_SEEDS", "2"))
+SEEDS = int(os.environ.get("ASYNCCKPT_DEMO_SEEDS", "1"))
 KILLS = 3 if LONG else 1
 ARGUMENTS = ["--size", "tiny", "--steps", str(16 * KILLS), "--kills", str(KILLS)]
 

@@ -42,7 +42,7 @@ def kills(example: str) -> list[list[tuple[int, float]]]:
         return [[(step, delay)] for step in range(1, STEPS) for delay in (0, 1, 4)]
     draw = random.Random(example)
     early, late = sorted(draw.sample(range(2, STEPS - 2), 2))
-    return [[], [(early, 0), (late, draw.uniform(0, 4))], [(draw.randrange(3, STEPS), 0)]]
+    return [[(early, 0), (late, draw.uniform(0, 4))]]
 
 
 @pytest.mark.timeout(1200 if LONG else 120)
@@ -57,5 +57,5 @@ def test_an_interrupted_training_ends_with_the_very_same_bits(tmp_path: Path, ex
     assert [training["digest"] for training in found] == [expected[1]] * len(plan)
     for training, planned in zip(found, plan, strict=True):
         assert training["starts"][0] == 0
-        assert len(training["starts"]) > 1 or not planned or planned[0][1], "nothing was killed"
+        assert len(training["starts"]) > 1 or planned[0][1], "nothing was killed"
     assert any(start > 0 for training in found for start in training["starts"]), "nothing was resumed"

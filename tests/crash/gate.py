@@ -43,7 +43,7 @@ class Mutant:
     tests: str
     found: str
     slow: bool = False
-    """Found only when patience ends: for the long form."""
+    """For the long form: found only when patience ends, or by a rig that finds others of its kind in the short form."""
 
 
 _KILLS = "crash/test_kills.py::test_kills_at_every_operation"
@@ -52,11 +52,24 @@ _BYTES = "read/test_reader.py::test_every_flipped_byte_of_every_file_is_found"
 _OPERATION = "killed_while_the_writer_is_at[fsync-None"
 MUTANTS = {
     "kills, retention before commit": Mutant(
-        "1", "planted:retention_before_commit", f"{_KILLS}[retention-buffered]", "reported committed and is not there"
+        "1",
+        "planted:retention_before_commit",
+        f"{_KILLS}[retention-buffered]",
+        "reported committed and is not there",
+        slow=True,
     ),
-    "kills, leftovers stay": Mutant("18", "planted:leftovers_stay", f"{_KILLS}[plain-buffered]", "the sweep left"),
+    "kills, leftovers stay": Mutant(
+        "18", "planted:leftovers_stay", f"{_KILLS}[plain-buffered]", "the sweep left", slow=True
+    ),
     "staged given up with its trainer": Mutant(
         "3", "planted:staged_given_up_with_the_trainer", f"{_TRAINER}{_OPERATION}-kill]", "CheckpointNotFound|== 2"
+    ),
+    "staged given up, at any instant": Mutant(
+        "3",
+        "planted:staged_given_up_with_the_trainer",
+        "crash/test_trainer_kills.py",
+        "had been promised",
+        slow=True,
     ),
     "writer in the trainer's group": Mutant(
         "3", "planted:writer_in_the_trainers_group", f"{_TRAINER}{_OPERATION}-killpg]", "Error|== 2"
@@ -119,12 +132,14 @@ MUTANTS = {
         "planted_face:memory_not_asked_for",
         "service/test_limits.py::test_a_limit_of_the_cgroup_is_told_before_it_is_met",
         "assert",
+        slow=True,
     ),
     "arenas never used again": Mutant(
         "15",
         "planted_face:arenas_never_used_again",
         "service/test_queue.py::test_memory_is_bounded_by_the_slots_and_does_not_grow",
         "assert",
+        slow=True,
     ),
     "storage looked at by every save": Mutant(
         "16",

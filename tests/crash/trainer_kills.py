@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import asyncckpt
+from asyncckpt.write import client
 from crash.kill_sweep import in_child
 from crash.real_cuts import Child
 from crash.rig import Progress, memory_folder
@@ -101,6 +102,8 @@ def train(root: str, how: str, seed: int, tell: Tell) -> None:
         if handle.outcome == "committed":
             tell(("committed", handle.step))
 
+    if coin.random() < 0.5:
+        client.COMMAND = [sys.executable, "-P", "-m", "crash.slow_writer"]
     overlap = coin.choice([True, False])
     ckpt = asyncckpt.Checkpointer(root, keep=KEEP, overlap=overlap, max_in_flight=coin.choice([1, 2, 3]))
     restored = ckpt.restore(state)
