@@ -38,6 +38,7 @@ from asyncckpt.snapshot.apply import Rename
 from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.stats import Stats
+from asyncckpt.storage.places import in_this_process_only
 from asyncckpt.storage.posix import Posix
 from asyncckpt.taken import TakenSteps
 
@@ -55,7 +56,11 @@ class Checkpointer:
     (see `asyncckpt.open`). Call it from one thread; handles may be used from any.
 
     Args:
-        directory: where checkpoints are kept; made by the first save, with its parents.
+        directory: where checkpoints are kept; made by the first save, with its parents. Or a URL of an object store:
+            "s3://bucket/run", gs://, az://; file:// is a directory, memory:// the memory of this process.
+        storage_options: for URLs: keys of obstore, such as {"region": "eu-central-1", "endpoint": ...}, with dicts
+            "client_options" and "retry_config". Credentials are found in the environment, or given here; they are
+            handed to the writer by its socket, and shown nowhere.
         cadence: when `maybe_save` saves: `Every`, `Auto`, or any object with the method of `Cadence`.
         parts: clocks of single parts, such as {"model": Every(steps=100), "optimizer": Every(steps=1000)}. The others
             go by `cadence`; without one, with every save. A part that is due takes along those that were saved since
@@ -72,7 +77,7 @@ class Checkpointer:
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
             newest that waits for the writer, "raise" `QueueFullError`.
         writer: "process", which finishes what is staged even if this process is killed, or "thread". Where there is
-            no memfd (not Linux) it is always a thread.
+            no memfd (not Linux), and for memory://, it is always a thread.
         codec: how the state is stored, always without loss. "raw": safetensors files that any reader opens, at the
             speed of the disk. "zstd": smaller (bf16 weights to about two thirds), for time of the cores in the
             background; what has not changed since the last save is not written again. "delta": that, and what has
@@ -110,6 +115,7 @@ class Checkpointer:
         self,
         directory: Directory,
         *,
+        storage_options: Mapping[str, Any] | None = None,
         cadence: Cadence | Auto | None = None,
         parts: Mapping[str, Cadence] | None = None,
         preempt: Preemption | None = None,
@@ -150,10 +156,11 @@ class Checkpointer:
         if not rank_timeout > 0:
             raise ValueError(f"rank_timeout={rank_timeout!r}: give seconds, more than 0")
         self._when_full, self._on_error = when_full, on_error
-        self._run = Run(directory)
+        self._run = Run(directory, storage_options)
         self._pid = os.getpid()
         self._closed = False
-        process = writer == "process" and hasattr(os, "memfd_create")
+        alone = in_this_process_only(self._run.storage.url)
+        process = writer == "process" and hasattr(os, "memfd_create") and not alone
         self._company = company(
             self._run,
             rank_timeout=rank_timeout,
@@ -168,7 +175,7 @@ class Checkpointer:
             },
         )
         options = Options(
-            self._run.storage.root,
+            self._run.storage.url,
             keep,
             lock_timeout,
             process=process,
@@ -176,6 +183,7 @@ class Checkpointer:
             codec=Codec(codec, max_chain, codec_cores),
             rank=self._company.rank,
             posix=_posix,
+            storage=self._run.options,
         )
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
@@ -434,7 +442,7 @@ class Checkpointer:
         """The newest of `steps()`; None where nothing is committed."""
         return self._run.latest()
 
-    def path(self, step: int) -> Path:
+    def path(self, step: int) -> Path | str:
         """The folder with the files of `step`: see `Run.path`."""
         return self._run.path(step)
 

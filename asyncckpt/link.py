@@ -14,6 +14,7 @@ from functools import partial
 from asyncckpt.errors import StorageError
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep, Policy
+from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
@@ -57,6 +58,7 @@ class Options:
     direct: bool = True
     rank: int = 0
     posix: Posix | None = None
+    storage: StorageOptions = field(default_factory=StorageOptions)
 
 
 class Link:
@@ -102,7 +104,7 @@ class Link:
         options = self._options
         keep = options.keep if isinstance(options.keep, Keep) else None
         asks = options.keep is not None and keep is None
-        told = options.direct, asks, options.check_finite, options.codec, options.rank
+        told = options.direct, asks, options.check_finite, options.codec, options.rank, options.storage
         writer.send(m.Open(options.root, options.lock_timeout, keep, *told))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:

@@ -21,16 +21,21 @@ from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
 from asyncckpt.snapshot.rng import RngState
 from asyncckpt.snapshot.view import View
+from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.places import open_storage
 
 Directory = str | os.PathLike[str]
+"""Or a URL: s3://bucket/run, gs://, az://, file://, memory://."""
 
 
 class Run:
-    """The checkpoints below `directory`. Every call looks anew; only `annotate`, `pin` and `unpin` write."""
+    """The checkpoints below `directory`, which may be a URL. Every call looks anew; only `annotate`, `pin` and `unpin`
+    write. `storage_options` are for URLs: see `Checkpointer`."""
 
-    def __init__(self, directory: Directory) -> None:
-        self.storage = LocalStorage(check_directory(directory))
+    def __init__(self, directory: Directory, storage_options: Mapping[str, Any] | None = None) -> None:
+        self.options = StorageOptions.of(storage_options)
+        self.storage = open_storage(check_directory(directory), self.options)
         self._catalog = Catalog(self.storage)
 
     def __repr__(self) -> str:
@@ -61,15 +66,16 @@ class Run:
         """Steps of which there is anything at all, committed or left over."""
         return self._catalog.folders()
 
-    def path(self, step: int) -> Path:
-        """The folder with the files of `step`, such as `path(step) / "model.safetensors"`.
+    def path(self, step: int) -> Path | str:
+        """The folder with the files of `step`, such as `path(step) / "model.safetensors"`; of a URL, its URL as text.
 
         Raises:
             CheckpointNotFoundError: this step is not committed.
             CorruptCheckpointError: its manifest is damaged.
         """
         manifest = self._catalog.manifest(step)
-        return Path(self.storage.path(f"{names.step_name(step)}/{manifest.attempt}"))
+        found = self.storage.path(f"{names.step_name(step)}/{manifest.attempt}")
+        return Path(found) if isinstance(self.storage, LocalStorage) else found
 
     def verify(self, step: int | None = None) -> int:
         """Read every byte of `step` (the newest by default) and check it; returns the step.
@@ -210,22 +216,20 @@ class Filling:
 
 
 def check_directory(directory: Directory) -> str:
-    """The path of a run.
+    """The path of a run, or its URL.
 
     Raises:
-        ValueError: empty, or a URL of a storage that this asyncckpt does not have.
+        ValueError: empty.
     """
     path = os.fspath(directory)
     if not isinstance(path, str) or not path:
         raise ValueError(f"{directory!r} is not the path of a directory")
-    if "://" in path:
-        raise ValueError(f"{path}: checkpoints are kept in directories; give the path of one")
     return path
 
 
-def open(directory: Directory) -> Run:
-    """The run in `directory`, to be read without owning it."""
-    return Run(directory)
+def open(directory: Directory, *, storage_options: Mapping[str, Any] | None = None) -> Run:
+    """The run in `directory`, or at a URL, to be read without owning it."""
+    return Run(directory, storage_options)
 
 
 def restore(
@@ -237,9 +241,11 @@ def restore(
     strict: bool = True,
     allow_stale: Iterable[str] = (),
     rename: Rename | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> int | None:
     """Bring `state` to a checkpoint in `directory` without owning the run: see `Checkpointer.restore`."""
-    return Run(directory).restore(state, step, parts=parts, strict=strict, allow_stale=allow_stale, rename=rename)
+    run = Run(directory, storage_options)
+    return run.restore(state, step, parts=parts, strict=strict, allow_stale=allow_stale, rename=rename)
 
 
 def load(
@@ -248,6 +254,7 @@ def load(
     *,
     parts: Iterable[str] | None = None,
     keys: Iterable[str] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Parts of a checkpoint in `directory` as plain values: see `Run.load`."""
-    return Run(directory).load(step, parts=parts, keys=keys)
+    return Run(directory, storage_options).load(step, parts=parts, keys=keys)

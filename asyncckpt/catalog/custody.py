@@ -31,10 +31,14 @@ def _kinds(records: list[Record]) -> list[list[Record]]:
 
 
 class Custody:
-    """The owner's hand on a run. Not safe for threads: the service calls it one at a time."""
+    """The owner's hand on a run. Not safe for threads: the service calls it one at a time.
 
-    def __init__(self, storage: Storage, keep: Keep | None) -> None:
+    `check` raises where the run belongs to another by now: it is called before anything is changed.
+    """
+
+    def __init__(self, storage: Storage, keep: Keep | None, check: Callable[[], None] = lambda: None) -> None:
         self.storage = storage
+        self.check = check
         self.catalog = Catalog(storage)
         self.keep = keep
         self.verified: set[int] = set()
@@ -59,6 +63,7 @@ class Custody:
 
     def sweep(self) -> None:
         """Remove what attempts that never committed have left. Foreign files stay, and so does what is in doubt."""
+        self.check()
         for name in self.storage.list(""):
             if names.is_temporary(name):
                 self.storage.delete(name)
@@ -68,6 +73,7 @@ class Custody:
     def sweep_step(self, step: int) -> None:
         """`sweep`, for one step. Of one that somebody reads nothing goes: it may be an attempt that was replaced."""
         folder = names.step_name(step)
+        self.check()
         if names.MANIFEST not in self.storage.list(folder):
             self._clear_uncommitted(folder)
             return
@@ -144,6 +150,7 @@ class Custody:
             self._postponed.add(step)
             return
         with held:
+            self.check()
             self.storage.remove_folder(f"{folder}/{attempt}")
 
     def retire(self, policy: Policy | None = None) -> list[int]:
@@ -199,10 +206,12 @@ class Custody:
         """Make `step` not exist, then remove its bytes.
 
         Raises:
+            ConflictError: the run belongs to another writer by now.
             CheckpointBusyError: it is pinned, or being read.
             CorruptCheckpointError: its notes are damaged, so that it may be pinned.
         """
         folder = names.step_name(step)
+        self.check()
         if names.MANIFEST in self.storage.list(folder):
             held = self._alone(folder)
             if held is None:
@@ -220,6 +229,7 @@ class Custody:
 
     def rewind(self, step: int) -> None:
         """Durably take all checkpoints after `step` that exist now out of what a restore may choose."""
+        self.check()
         known = self.catalog.rewinds().rewinds
         record = Rewinds(rewinds=[*known, Rewind(step=step, sequence=self._sequence)])
         self.storage.publish(names.REWINDS, encode(record), replace=True)

@@ -14,7 +14,7 @@ import msgspec
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 from asyncckpt.format import names
-from asyncckpt.format.manifest import Notes, encode
+from asyncckpt.format.manifest import MAX_MANIFEST, Notes, decode_notes, encode
 
 
 def pin(catalog: Catalog, step: int, pinned: bool = True) -> None:
@@ -47,18 +47,18 @@ def _change(catalog: Catalog, step: int, change: Callable[[Notes], Notes]) -> No
     assert here is not None and alone is not None
     with here, alone:
         attempt = catalog.manifest(step).attempt
-        notes = _known(catalog, step) or Notes(step, attempt)
-        if notes.attempt != attempt:
-            notes = Notes(step, attempt, notes.pinned)
-        storage.publish(f"{folder}/{names.NOTES}", encode(change(notes)), replace=True)
 
+        def changed(data: bytes | None) -> bytes:
+            notes = Notes(step, attempt) if data is None else decode_notes(data, step)
+            if notes.attempt != attempt:
+                notes = Notes(step, attempt, notes.pinned)
+            return encode(change(notes))
 
-def _known(catalog: Catalog, step: int) -> Notes | None:
-    try:
-        return catalog.notes(step)
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(
-            f"{error}. While {names.NOTES} is there no policy deletes this step; remove the file, then pin or annotate "
-            f"the step anew: {catalog.storage.url}/{names.step_name(step)}/{names.NOTES}",
-            step=step,
-        ) from error
+        try:
+            storage.update(f"{folder}/{names.NOTES}", MAX_MANIFEST, changed)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(
+                f"{error}. While {names.NOTES} is there no policy deletes this step; remove the file, then pin or "
+                f"annotate the step anew: {storage.url}/{folder}/{names.NOTES}",
+                step=step,
+            ) from error

@@ -1,4 +1,4 @@
-"""Who may write a run: the holder of a kernel lock on a file in its directory.
+"""Who may write a run: in a directory, the holder of a kernel lock on a file there; elsewhere see `lease`.
 
 The kernel drops the lock when its holder dies, however it dies; no process id or age is ever trusted. The process
 id in the file is for the error message only. The file itself is never removed.
@@ -11,9 +11,12 @@ import os
 import threading
 import time
 import weakref
+from typing import Protocol
 
 from asyncckpt.errors import ConflictError, StorageError
 from asyncckpt.format import names
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.local import LocalStorage
 
 _POLL = 0.05
 _held: weakref.WeakSet[RunLock] = weakref.WeakSet()
@@ -81,6 +84,9 @@ class RunLock:
         except (OSError, ValueError):
             return None
 
+    def check(self) -> None:
+        """The kernel lets nobody else have it."""
+
     def release(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -94,3 +100,33 @@ def _let_go_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+class Ownership(Protocol):
+    """What `own` gives."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ConflictError: the run is not this writer's any more.
+            StorageError: that can't be found out.
+        """
+
+    def release(self) -> None: ...
+
+
+def own(storage: Storage, timeout: float, cancelled: threading.Event | None = None) -> Ownership:
+    """Wait up to `timeout` seconds for the run in `storage`; of a directory, make it.
+
+    Raises:
+        ConflictError: another writer still owns it.
+        StorageError: it can't be used.
+    """
+    if isinstance(storage, LocalStorage):
+        storage.make_root()
+        return RunLock.acquire(storage.root, timeout, cancelled)
+    from asyncckpt.catalog.lease import Lease
+    from asyncckpt.storage.object import ObjectStorage
+
+    assert isinstance(storage, ObjectStorage)
+    return Lease.acquire(storage, timeout, cancelled)

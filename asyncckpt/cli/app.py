@@ -10,8 +10,8 @@ import typer
 from asyncckpt.cli.answers import EXIT_CODES, Answer, answering, parsed
 
 _EPILOG = (
-    "CHECKPOINT is RUN (its newest), RUN@100 or RUN/step-00000100; RUN is a directory. With --json each command prints "
-    "one JSON object, errors included.\n\nExit codes:\n\n"
+    "CHECKPOINT is RUN (its newest), RUN@100 or RUN/step-00000100; RUN is a directory or a URL. With --json each "
+    "command prints one JSON object, errors included.\n\nExit codes:\n\n"
     + "\n\n".join(f"{code:3}  {text}" for code, text in EXIT_CODES.items())
     + "\n\n130  interrupted\n\n141  whoever read the output went away"
 )
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run, or its URL.")]
 CheckpointArgument = Annotated[
     str, typer.Argument(metavar="CHECKPOINT", help="RUN for its newest, RUN@100, or RUN/step-00000100.")
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,19 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.cli.answers import UsageError
 from asyncckpt.errors import CheckpointNotFoundError, ConflictError
 from asyncckpt.format import names
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.cloud import is_url
+from asyncckpt.storage.places import open_storage
 
 if TYPE_CHECKING:
     from asyncckpt.read.reader import CheckpointReader
+    from asyncckpt.storage.local import LocalStorage
+    from asyncckpt.storage.object import ObjectStorage
 
 _AT = re.compile(r"(.+)@(\d{1,19})", re.DOTALL)
 
 
-def storage_of(location: str) -> LocalStorage:
-    """The storage at `location`: this is the one place that knows which kinds of it there are.
+def storage_of(location: str) -> LocalStorage | ObjectStorage:
+    """The storage at `location`, a directory or a URL, whose credentials the environment holds.
 
     Raises:
         UsageError: not a kind of location that there is.
@@ -29,11 +32,16 @@ def storage_of(location: str) -> LocalStorage:
     """
     if not location or "\0" in location:
         raise UsageError(f"{location!r} is not the path of a run")
-    if "://" in location:
-        raise UsageError(f"{location}: runs are kept in directories; give the path of one")
-    if not os.path.isdir(location):
+    try:
+        storage = open_storage(location)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if is_url(storage.url):
+        if not storage.list(""):
+            raise CheckpointNotFoundError(f"no run at {location}: there is nothing")
+    elif not os.path.isdir(storage.url):
         raise CheckpointNotFoundError(f"no run at {location}: it is not a directory")
-    return LocalStorage(location)
+    return storage
 
 
 def run_of(location: str) -> Catalog:
@@ -42,16 +50,21 @@ def run_of(location: str) -> Catalog:
 
 
 @contextmanager
-def owned(storage: LocalStorage) -> Iterator[None]:
-    """Own the run in `storage` meanwhile.
+def owned(storage: LocalStorage | ObjectStorage) -> Iterator[Callable[[], None]]:
+    """Own the run in `storage` meanwhile; gives what raises where that is so no more.
 
     Raises:
         ConflictError: a live writer owns it.
     """
-    from asyncckpt.catalog.ownership import RunLock
+    from asyncckpt.catalog.ownership import own
 
+    patience = 0.0
+    if is_url(storage.url):
+        from asyncckpt.catalog.lease import LEASE
+
+        patience = 1.5 * LEASE  # until a writer of another machine is known to be dead
     try:
-        lock = RunLock.acquire(storage.root, 0.0)
+        ownership = own(storage, patience)
     except ConflictError as error:
         raise ConflictError(
             f"{storage.url} is being written by process {error.pid or 'unknown'}. Its own policy deletes there; stop "
@@ -59,15 +72,15 @@ def owned(storage: LocalStorage) -> Iterator[None]:
             pid=error.pid,
         ) from None
     try:
-        yield
+        yield ownership.check
     finally:
-        lock.release()
+        ownership.release()
 
 
 def split(reference: str) -> tuple[str, int | None]:
     """The location of a run, and the step where `reference` names one.
 
-    RUN, RUN@100 or RUN/step-00000100. A directory that is there by the whole name is taken as a run.
+    RUN, RUN@100 or RUN/step-00000100. RUN may be a URL. A directory that is there by the whole name is taken as a run.
     """
     parent, name = os.path.split(reference.rstrip("/"))
     step = names.parse_step(name)

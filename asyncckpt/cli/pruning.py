@@ -42,8 +42,8 @@ def prune(location: str, clauses: Clauses, dry_run: bool) -> Answer:
     records = Catalog(storage).records()
     if dry_run or not records:
         return _answer(storage.url, records, keep.explain(records), deleted=set(), dry_run=dry_run)
-    with places.owned(storage):
-        custody = Custody(storage, keep)
+    with places.owned(storage) as check_owner:
+        custody = Custody(storage, keep, check_owner)
         records = custody.catalog.records()
         custody.vouch(lambda step: (check(custody.catalog, step) or {"ok": False})["ok"])
         deleted = set(custody.retire())

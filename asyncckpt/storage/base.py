@@ -9,6 +9,7 @@ Every method raises `StorageError` when the storage fails, and `FileNotFoundErro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -63,8 +64,9 @@ class Storage(Protocol):
         """Make room for an attempt under a folder that no attempt has used; if it is `shared`, others of the same
         attempt may have made it already."""
 
-    def create(self, key: str, size: int) -> WritableFile:
-        """A new file of `size` bytes."""
+    def create(self, key: str, size: int, *, steady: bool = False) -> WritableFile:
+        """A new file of `size` bytes. `steady`: the memory that is given to `write_at` stays as it is until the file is
+        finished, or of no use any more, so that no copy of it need be taken."""
 
     def share(self, source: str, key: str) -> None:
         """Let `key` appear with the bytes of `source`, which stay though `source` is deleted; durable by `settle`.
@@ -85,6 +87,13 @@ class Storage(Protocol):
         `FileExistsError` where something is there.
         """
 
+    def update(self, key: str, limit: int, change: Callable[[bytes | None], bytes]) -> None:
+        """Publish what `change` makes of the object, or of None where there is none; it may be called again.
+
+        Where writers on several machines share the storage, of two at a time neither is lost. Elsewhere the caller
+        sees to that. Raises as `read` does, and what `change` raises.
+        """
+
     def delete(self, key: str) -> None:
         """Return only when the object is durably gone, whether it was there or not."""
 
@@ -98,7 +107,8 @@ class Storage(Protocol):
         """Hold `folder`, together with others, or `exclusive` of them: for what reads, and for what removes.
 
         It is let go of when the holder's process ends, however it ends. `None` where others hold it in a way that
-        excludes this and it is not to `wait`. `FileNotFoundError` where there is no such folder.
+        excludes this and it is not to `wait`. `FileNotFoundError` where there is no such folder. Processes of other
+        machines may not be seen.
         """
 
     def free_bytes(self) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from asyncckpt.errors import CorruptCheckpointError
@@ -152,7 +153,7 @@ class LocalStorage:
                     if path in changed:
                         raise
 
-    def create(self, key: str, size: int) -> LocalWritable:
+    def create(self, key: str, size: int, *, steady: bool = False) -> LocalWritable:
         path = self.path(key)
         with named("create", path):
             self._refuse_links(key)
@@ -225,6 +226,13 @@ class LocalStorage:
             except OSError:
                 self.posix.unlink(target)  # it may not be durable, so it must not be seen either
                 raise
+
+    def update(self, key: str, limit: int, change: Callable[[bytes | None], bytes]) -> None:
+        try:
+            before = self.read(key, limit)
+        except FileNotFoundError:
+            before = None
+        self.publish(key, change(before), replace=True)
 
     # Deleting
 

@@ -17,7 +17,8 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.cloud import StorageOptions
+from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing.promises import (
     Deleted,
@@ -49,7 +50,7 @@ class _Arena:
 
 
 class ServiceDriver:
-    """Owns the run in `root` by a service on a thread, over `posix`. Calls wait for the answer.
+    """Owns the run in `root` by a service on a thread, over `posix`, or with `options` at a URL. Calls wait.
 
     `note` is told of every event when it begins and when it has been reported done; `RecordingPosix.note` fits.
 
@@ -68,16 +69,17 @@ class ServiceDriver:
         note: Callable[[Event], None] = lambda event: None,
         rank: int = 0,
         ready: Callable[[], None] = lambda: None,
+        options: StorageOptions = StorageOptions(),  # noqa: B008
     ) -> None:
         self._note, self._ready = note, ready
-        self._catalog = Catalog(LocalStorage(root, posix))
+        self._catalog = Catalog(open_storage(root, options, posix=posix))
         self._changed = threading.Condition()
         self._replies: list[m.Reply] = []
         self._events: dict[int, Event] = {}
         self._dead: str | None = None
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
-        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank))
+        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank, options=options))
         opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
         if isinstance(opened, m.Refused):
             self._writer.join(PATIENCE)

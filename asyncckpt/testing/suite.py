@@ -245,6 +245,7 @@ class StorageSuite:
 
     def test_readers_share_a_folder_and_keep_out_who_wants_it_alone(self, storage: Storage) -> None:
         storage.begin(FOLDER)
+        storage.put(RECORD, b"{}")
         first, second = storage.hold(STEP), storage.hold(STEP)
         assert first is not None and second is not None
         assert storage.hold(STEP, exclusive=True, wait=False) is None
@@ -263,6 +264,7 @@ class StorageSuite:
 
     def test_who_waits_for_a_folder_gets_it(self, storage: Storage) -> None:
         storage.begin(FOLDER)
+        storage.put(RECORD, b"{}")
         held = storage.hold(STEP)
         assert held is not None
         with ThreadPoolExecutor(1) as pool:

@@ -19,6 +19,7 @@ from asyncckpt import errors
 from asyncckpt.policy.codec import Codec, Rates
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.records import Record
+from asyncckpt.storage.cloud import StorageOptions
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -38,9 +39,8 @@ class Fault(msgspec.Struct, frozen=True):
             return cls("CorruptCheckpointError", str(error), {"step": error.step})
         if isinstance(error, errors.RankError):
             return cls("RankError", str(error), {"rank": error.rank})
-        if isinstance(
-            error, errors.CheckpointExistsError | errors.CheckpointNotFoundError | errors.CheckpointBusyError
-        ):
+        named = errors.CheckpointExistsError, errors.CheckpointNotFoundError, errors.CheckpointBusyError
+        if isinstance(error, (*named, errors.NotSupportedError)):
             return cls(type(error).__name__, str(error))
         return cls("StorageError", f"{type(error).__name__}: {error}")
 
@@ -51,10 +51,11 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Open(msgspec.Struct, tag=True, frozen=True):
-    """Own the run in directory `root`, waiting up to `lock_timeout` seconds. Answered by Opened or Refused.
+    """Own the run in the directory or at the URL `root`, waiting up to `lock_timeout` seconds.
 
-    `keep` decides what goes after a commit, or, if the service `asks`, the trainer does. With `check_finite` it looks
-    for NaN and inf in what it writes. `codec` says how images are stored: see `policy.codec`.
+    Answered by Opened or Refused. `keep` decides what goes after a commit, or, if the service `asks`, the trainer does.
+    With `check_finite` it looks for NaN and inf in what it writes. `codec` says how images are stored: see
+    `policy.codec`. `options` are for URLs.
     Of several ranks the service of rank 0 owns the run; those of the others only write their shares into it.
     """
 
@@ -66,6 +67,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     check_finite: bool = False
     codec: Codec = Codec()
     rank: int = 0
+    options: StorageOptions = StorageOptions()
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):

@@ -82,7 +82,7 @@ class RawPart:
     def __init__(self, place: Place, trial: Trial | None = None) -> None:
         self._place, self._trial = place, trial
         self._name = place.file
-        self._file = place.storage.create(f"{place.folder}/{self._name}", place.size)
+        self._file = place.storage.create(f"{place.folder}/{self._name}", place.size, steady=True)
         self._chunks: dict[int, Chunk] = {}
 
     def write(self, index: int, data: memoryview) -> None:

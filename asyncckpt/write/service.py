@@ -20,12 +20,13 @@ from functools import partial
 from typing import Any
 
 from asyncckpt.catalog.custody import Custody
-from asyncckpt.catalog.ownership import RunLock
+from asyncckpt.catalog.ownership import Ownership, own
 from asyncckpt.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, encode
 from asyncckpt.policy.codec import Codec, Name, Rates, choose
-from asyncckpt.storage.local import LocalStorage
+from asyncckpt.storage.base import Storage
+from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.parts import Base, BaseGone, Coding
@@ -184,7 +185,11 @@ class Service:
             self._ended.set()
 
     async def _own_and_serve(self, open_: m.Open) -> None:
-        storage = LocalStorage(open_.root, self._posix, open_.direct)
+        try:
+            storage = await self._workers.run(self._open, open_)
+        except (CheckpointError, OSError, ValueError) as error:
+            self._reply(m.Refused(m.Fault.of(error)))
+            return
         self._rank = open_.rank
         if open_.rank:
             self._storage, self._check_finite = storage, open_.check_finite
@@ -192,13 +197,13 @@ class Service:
             await self._serve()
             return
         try:
-            lock = await self._workers.run(self._own, storage, open_.lock_timeout)
+            lock: Ownership = await self._workers.run(own, storage, open_.lock_timeout, self._give_up)
         except (CheckpointError, OSError) as error:
             self._reply(m.Refused(m.Fault.of(error)))
             return
         try:
             try:
-                self._custody = await self._workers.run(Custody, storage, open_.keep)
+                self._custody = await self._workers.run(Custody, storage, open_.keep, lock.check)
             except (CheckpointError, OSError) as error:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
@@ -213,7 +218,10 @@ class Service:
                 await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
             await self._serve()
         finally:
-            lock.release()
+            await self._workers.run(lock.release)
+
+    def _open(self, open_: m.Open) -> Storage:
+        return open_storage(open_.root, open_.options, posix=self._posix, direct=open_.direct)
 
     def _coding_of(self, codec: Codec) -> Coding | None:
         if codec.name == "raw":
@@ -233,10 +241,6 @@ class Service:
             asyncio.get_running_loop().call_later(_LAST_ADVICE, self._retention.give_up)
         while others := self._tasks - {asyncio.current_task()}:
             await asyncio.wait(others)
-
-    def _own(self, storage: LocalStorage, timeout: float) -> RunLock:
-        storage.make_root()
-        return RunLock.acquire(storage.root, timeout, self._give_up)
 
     async def _guarded(self, what: str, work: Awaitable[None]) -> None:
         """Housekeeping that fails is told, and harms no save."""
@@ -377,6 +381,7 @@ class Service:
             finite=prepared.finite(begin.exports),
         )
         key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
+        custody.check()
         self._storage.publish(key, encode(manifest), replace=begin.replace)
         custody.verified.add(begin.step)
         return manifest, replaced
