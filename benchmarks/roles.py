@@ -78,6 +78,12 @@ def _auto_overhead(tell: Reporter, shape: dict[str, Any], directory: str, max_ov
     auto_overhead.measure(tell, shape, directory, max_overhead, seconds)
 
 
+def _object(tell: Reporter, peer: str, size: int, saves: int, port: int, url: str) -> None:
+    from benchmarks import object as object_
+
+    object_.measure(tell, peer, size, saves, port, url)
+
+
 def _nursery(tell: Reporter) -> None:
     from benchmarks import lives
 
@@ -94,6 +100,7 @@ _ROLES = {
     "commit_speed": _commit_speed,
     "endurance": _endurance,
     "auto_overhead": _auto_overhead,
+    "object": _object,
     "nursery": _nursery,
 }
 
