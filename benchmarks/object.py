@@ -2,8 +2,9 @@
 
 Each library saves the same state from a fresh process, in turn, while a training of matrix products goes on or while
 nothing else does: how fast the bytes get there, what a step costs meanwhile, and what memory it takes. Beside them
-stands obstore, putting bytes that lie ready (in a copy of the state, which counts as its memory). The server runs on the same cores, so that it costs each of them something: on
-loopback the numbers say who stands in the way, not what a network gives.
+stands obstore, putting bytes that lie ready (in a copy of the state, which counts as its memory). The server runs on
+the same cores, so that it costs each of them something: on loopback the numbers say who stands in the way, not what a
+network gives.
 """
 
 from __future__ import annotations

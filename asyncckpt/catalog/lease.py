@@ -32,6 +32,8 @@ log = logging.getLogger("asyncckpt")
 LEASE = 45.0
 """Seconds without a beat after which an owner may be taken over."""
 BEAT = 15.0
+_TIMEOUT = 10.0
+"""Seconds after which a request for the owner object is given up: a beat must not come too late by waiting."""
 _LIMIT = 4096
 _LONGEST_POLL = 1.0
 
@@ -67,7 +69,7 @@ class Lease:
             ConflictError: another writer still owns it, or may.
             StorageError: the store can't be reached, or refuses.
         """
-        waiting = _Waiting(storage, timeout, cancelled)
+        waiting = _Waiting(storage.impatient(_TIMEOUT), timeout, cancelled)
         hold = waiting.for_machine()
         try:
             return waiting.for_run(hold)

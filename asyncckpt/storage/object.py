@@ -60,6 +60,7 @@ class ObjectStorage:
     """
 
     def __init__(self, url: str, options: StorageOptions = StorageOptions()) -> None:  # noqa: B008
+        self._options = options
         self._cloud = Cloud(url, options)
         self._api, self._store = self._cloud.api, self._cloud.store
         self.holds = MachineHolds(self.url)
@@ -70,6 +71,13 @@ class ObjectStorage:
 
     def __repr__(self) -> str:
         return f"ObjectStorage({self.url!r})"
+
+    def impatient(self, timeout: float) -> ObjectStorage:
+        """The same, by a client that gives a request up after `timeout` seconds, and all attempts after two such times."""
+        client = {**(self._options.values.get("client_options") or {}), "timeout": timeout}
+        retry = {**(self._options.values.get("retry_config") or {}), "retry_timeout": timeout}
+        values = {**self._options.values, "client_options": client, "retry_config": retry}
+        return ObjectStorage(self.url, StorageOptions(values))
 
     def path(self, key: str) -> str:
         return f"{self.url}/{key}" if key else self.url
