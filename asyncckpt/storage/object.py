@@ -73,7 +73,7 @@ class ObjectStorage:
         return f"ObjectStorage({self.url!r})"
 
     def impatient(self, timeout: float) -> ObjectStorage:
-        """The same, by a client that gives a request up after `timeout` seconds, and all attempts after two such times."""
+        """The same, by a client that gives a request up after `timeout` seconds, and all attempts after twice that."""
         client = {**(self._options.values.get("client_options") or {}), "timeout": timeout}
         retry = {**(self._options.values.get("retry_config") or {}), "retry_timeout": timeout}
         values = {**self._options.values, "client_options": client, "retry_config": retry}
