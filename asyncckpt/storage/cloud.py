@@ -8,18 +8,21 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import random
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from asyncckpt.errors import CheckpointError, NotSupportedError, StorageError
 
 log = logging.getLogger("asyncckpt")
+T = TypeVar("T")
 
 SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "memory")
 TIMEOUT = 120.0
@@ -29,6 +32,8 @@ RETRY = 300.0
 _BACKOFF = {"init_backoff": 0.1, "max_backoff": 10.0, "base": 2}
 """Between attempts, in seconds; obstore draws each wait at random from what these allow."""
 
+_TURNS, _FIRST_WAIT = 6, 0.05
+"""Turns of what obstore has given up, and the most seconds before the second, which is doubled from turn to turn."""
 _PLAIN = (str, int, float, bool, bytes)
 _HARMLESS = {"region", "default_region", "endpoint", "endpoint_url", "bucket", "bucket_name", "timeout", "user_agent"}
 _SECRET_VARIABLE = re.compile(
@@ -52,8 +57,8 @@ class StorageOptions(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         return "StorageOptions(...)" if self.values else "StorageOptions()"
 
-    def __rich_repr__(self) -> Iterator[str]:
-        yield "..."
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return []
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> StorageOptions:
@@ -134,9 +139,13 @@ class Cloud:
         values = dict(options.values)
         client = {"timeout": TIMEOUT, **(values.pop("client_options", None) or {})}
         retry = {"max_retries": 10, "retry_timeout": RETRY, **(values.pop("retry_config", None) or {})}
+        if os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1"):  # obstore reads it where it is given nothing
+            client.setdefault("allow_http", True)
         self._secrets = _secrets({**values, **client})
         self.patience = _seconds(client["timeout"]) + _seconds(retry["retry_timeout"])
-        if self.url.startswith("memory:"):
+        self.keeps_memory = self.url.startswith("memory:")
+        """Whether what is put there is kept where it lies."""
+        if self.keeps_memory:
             self.store = _memories.setdefault(self.url, self.api.store.MemoryStore())
             return
         secure = not any(
@@ -177,6 +186,23 @@ class Cloud:
                 retryable=retryable,
                 errno=number if retryable else errno.EACCES,
             ) from None
+
+    def again(self, what: str, key: str, act: Callable[[], T], number: int = errno.EAGAIN) -> T:
+        """What `act` gives, which may be done more than once; errors as `named` puts them.
+
+        obstore begins requests again by itself, but not where an answer breaks off in its body.
+        """
+        deadline, longest = time.monotonic() + self.patience, 2 * _FIRST_WAIT
+        for turn in range(_TURNS):
+            try:
+                with self.named(what, key, number):
+                    return act()
+            except StorageError as error:
+                if not error.retryable or turn == _TURNS - 1 or time.monotonic() >= deadline:
+                    raise
+            time.sleep(random.uniform(0, longest))
+            longest *= 2
+        raise AssertionError("the last turn returns or raises")
 
     def may_go_away(self, error: BaseException) -> bool:
         """Whether the same request may succeed later."""

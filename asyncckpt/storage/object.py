@@ -18,7 +18,7 @@ from asyncckpt.errors import ConflictError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.storage.cloud import Cloud, StorageOptions
 from asyncckpt.storage.holding import MachineHold, MachineHolds
-from asyncckpt.storage.upload import Upload
+from asyncckpt.storage.upload import MOST_PARTS, Upload
 
 COPY_LIMIT = 5 << 30
 """Bytes that S3 copies by itself; what is larger passes through here."""
@@ -43,8 +43,10 @@ class ObjectReadable:
         length = min(len(buffer), self._size - offset)
         if length <= 0:
             return 0
-        with self._cloud.named("read", self._key):
-            data = self._cloud.api.get_range(self._cloud.store, self._key, start=offset, length=length)
+        read = self._cloud.api.get_range
+        data = self._cloud.again(
+            "read", self._key, lambda: read(self._cloud.store, self._key, start=offset, length=length)
+        )
         buffer[: len(data)] = memoryview(data)
         return len(data)
 
@@ -85,10 +87,12 @@ class ObjectStorage:
     # Reading
 
     def list(self, prefix: str) -> list[str]:
-        with self._cloud.named("list", prefix):
-            found = self._api.list_with_delimiter(self._store, prefix or None)
+        look = self._api.list_with_delimiter
+        found = self._cloud.again("list", prefix, lambda: look(self._store, prefix or None))
         paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
-        return [name for path in paths if (name := path.rstrip("/").rpartition("/")[2])]
+        folder = f"{prefix}/" if prefix else ""
+        # some stores have an object for the folder itself
+        return [path.removeprefix(folder) for path in paths if path not in (prefix, folder)]
 
     def read(self, key: str, limit: int) -> bytes:
         return self._read(key, limit)[0]
@@ -101,22 +105,23 @@ class ObjectStorage:
             return None
 
     def _read(self, key: str, limit: int) -> tuple[bytes, Version]:
-        with self._cloud.named("read", key):
+        def get() -> tuple[bytes, Any]:
             found = self._api.get(self._store, key)
-            size = found.meta["size"]
-            data = bytes(found.bytes()) if size <= limit else b""
+            return bytes(found.bytes()) if found.meta["size"] <= limit else b"", found.meta
+
+        data, meta = self._cloud.again("read", key, get)
+        size = meta["size"]
         if size > limit:
             raise CorruptCheckpointError(f"{self.path(key)}: {size} bytes where at most {limit} can be right")
         if len(data) != size:
             raise CorruptCheckpointError(f"{self.path(key)}: shorter than its size of {size} bytes")
-        return data, _version(found.meta)
+        return data, _version(meta)
 
     def open(self, key: str, *, cached: bool = True) -> ObjectReadable:
         return ObjectReadable(self._cloud, key, self._head(key)["size"])
 
     def _head(self, key: str) -> Any:
-        with self._cloud.named("look at", key):
-            return self._api.head(self._store, key)
+        return self._cloud.again("look at", key, lambda: self._api.head(self._store, key))
 
     # Writing
 
@@ -124,7 +129,7 @@ class ObjectStorage:
         pass  # there are no folders
 
     def create(self, key: str, size: int, *, steady: bool = False) -> Upload:
-        return Upload(self._cloud, key, size, steady)
+        return Upload(self._cloud, key, size, steady and not self._cloud.keeps_memory)
 
     def share(self, source: str, key: str) -> None:
         """A copy that the store makes. It is whole on return."""
@@ -135,17 +140,19 @@ class ObjectStorage:
             pass
         else:
             raise FileExistsError(errno.EEXIST, "there is such an object", self.path(key))
-        with self._cloud.named("copy", key):
+
+        def copy() -> None:
             if size <= COPY_LIMIT:
                 self._api.copy(self._store, source, key)
             else:
                 stream = self._api.get(self._store, source).stream(min_chunk_size=16 << 20)
-                part = max(16 << 20, -(-size // 9_000))
+                part = max(16 << 20, -(-size // MOST_PARTS))
                 self._api.put(self._store, key, stream, use_multipart=True, chunk_size=part, max_concurrency=4)
 
+        self._cloud.again("copy", key, copy)
+
     def put(self, key: str, data: bytes) -> None:
-        with self._cloud.named("write", key):
-            self._api.put(self._store, key, data, use_multipart=False)
+        self._cloud.again("write", key, lambda: self._api.put(self._store, key, data, use_multipart=False))
 
     def settle(self, folder: str) -> None:
         pass  # what the store has taken is durable
@@ -234,15 +241,17 @@ class ObjectStorage:
 
     def delete(self, key: str) -> None:
         try:
-            with self._cloud.named("delete", key):
-                self._api.delete(self._store, key)
+            self._cloud.again("delete", key, lambda: self._api.delete(self._store, key))
         except FileNotFoundError:
             pass
 
     def remove_folder(self, folder: str) -> None:
-        ours = [n for n in self.list(folder) if names.is_temporary(n) or ("/" in folder and names.is_data_file(n))]
+        there = self.list(folder)
+        ours = [n for n in there if names.is_temporary(n) or ("/" in folder and names.is_data_file(n))]
         for name in ours:
             self.delete(f"{folder}/{name}")
+        if ours == there:
+            self.delete(folder)  # a store that has folders keeps them, empty as they are
 
     def hold(self, folder: str, *, exclusive: bool = False, wait: bool = True) -> MachineHold | None:
         if folder and not self.list(folder):

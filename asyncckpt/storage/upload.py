@@ -1,9 +1,9 @@
 """A file on its way to an object store.
 
 Pieces come from several threads, in about their order; a thread hands them on as one multipart upload, so that parts
-are sent while later ones are still being coded. Memory that stays as it is goes out without a copy. What is given up,
-or fails, is deleted as far as it came: of the parts of an upload that was cut off nobody hears any more, and only a
-lifecycle rule of the bucket removes them.
+are sent while later ones are still being coded. Memory that stays as it is goes out without a copy. An upload that is
+given up, or fails, is aborted; of the parts of one whose process died nobody hears any more, and only a lifecycle rule
+of the bucket removes them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ _PARALLEL, _PARALLEL_COPIED = 8, 4
 """Parts of one file that are sent at a time; fewer where each takes memory of its own."""
 _AHEAD = 2
 """Pieces that wait to be sent, while whoever brings more waits."""
+_STARTS = 4
+"""Tries to start an upload."""
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -43,7 +45,7 @@ class Upload:
         self._end = 0
         """Where what has been put in order ends."""
         self._queue: deque[memoryview] = deque()
-        self._queued = 0
+        self._queued = self._sent = 0
         self._last = False
         self._given_up = False
         self._moved = time.monotonic()
@@ -117,7 +119,7 @@ class Upload:
         if self._error is not None:
             raise self._error
         if self._given_up:
-            raise StorageError(f"{self._cloud.url}/{self._key} was given up", retryable=True)
+            raise self._was_given_up()
 
     def _wait(self) -> None:
         """Wait for a change; not for ever."""
@@ -132,8 +134,10 @@ class Upload:
 
     def _put_whole(self, pieces: list[memoryview]) -> None:
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        with self._cloud.named("upload", self._key, errno.EIO):
-            self._cloud.api.put(self._cloud.store, self._key, data, use_multipart=False)
+        put = self._cloud.api.put
+        self._cloud.again(
+            "upload", self._key, lambda: put(self._cloud.store, self._key, data, use_multipart=False), errno.EIO
+        )
 
     # On the thread
 
@@ -148,8 +152,19 @@ class Upload:
     def _run(self) -> None:
         error: BaseException | None = None
         try:
-            with self._cloud.named("upload", self._key, errno.EIO):
-                self._cloud.api.put(
+            self._put_parts()
+        except BaseException as raised:
+            error = raised
+        with self._changed:
+            self._error, self._thread = error, None
+            self._changed.notify_all()
+
+    def _put_parts(self) -> None:
+        put = self._cloud.api.put
+        error: BaseException | None = None
+        for _ in range(_STARTS):
+            try:
+                put(
                     self._cloud.store,
                     self._key,
                     self._pieces(),
@@ -157,32 +172,54 @@ class Upload:
                     chunk_size=self._part,
                     max_concurrency=_PARALLEL if self._steady else _PARALLEL_COPIED,
                 )
-        except BaseException as raised:
-            error = raised
-        with self._changed:
-            self._error, self._thread = error, None
-            unwanted = self._given_up
-            self._changed.notify_all()
-        if unwanted and error is None:
-            self._delete()
+                return
+            except StorageError:
+                raise  # it was given up
+            except (self._cloud.api.exceptions.BaseError, OSError) as raised:
+                error = raised
+            if self._is_there():
+                return
+            if self._sent or not self._cloud.may_go_away(error):
+                break  # what has been sent can't be had again
+        assert error is not None
+        again = self._cloud.may_go_away(error)
+        raise StorageError(
+            f"can't upload {self._cloud.url}/{self._key}: {self._cloud.cause(error)}",
+            retryable=again,
+            errno=errno.EIO if again else errno.EACCES,
+        ) from None
+
+    def _is_there(self) -> bool:
+        """Whether the store has the whole object all the same: it has answered that, and the answer was lost."""
+        if self._sent < self._queued or not self._last:
+            return False
+        try:
+            with self._cloud.named("look at", self._key):
+                size: int = self._cloud.api.head(self._cloud.store, self._key)["size"]
+        except (FileNotFoundError, StorageError):
+            return False
+        return size == self._sent
 
     def _pieces(self) -> Iterator[memoryview]:
-        """What is to be sent, as it comes. It ends early where the file is given up: the object is deleted then."""
+        """What is to be sent, as it comes.
+
+        Raises:
+            StorageError: the file is given up. obstore aborts the upload then.
+        """
         while True:
             with self._changed:
                 self._moved = time.monotonic()
                 self._changed.notify_all()
                 while not self._queue and not self._last and not self._given_up:
                     self._changed.wait()
-                if self._given_up or not self._queue:
+                if self._given_up:
+                    raise self._was_given_up()
+                if not self._queue:
                     return
                 piece = self._queue.popleft()
+                self._sent += len(piece)
                 self._changed.notify_all()
             yield piece
 
-    def _delete(self) -> None:
-        try:
-            with self._cloud.named("delete", self._key):
-                self._cloud.api.delete(self._cloud.store, self._key)
-        except (FileNotFoundError, StorageError):
-            pass  # a leftover, which a sweep finds
+    def _was_given_up(self) -> StorageError:
+        return StorageError(f"the upload of {self._cloud.url}/{self._key} was given up")

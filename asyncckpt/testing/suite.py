@@ -154,6 +154,7 @@ class StorageSuite:
 
     def test_a_published_object_is_there_and_nothing_else(self, storage: Storage) -> None:
         storage.begin(FOLDER)
+        storage.put(RECORD, b"{}")
         storage.publish(MANIFEST, b"new", replace=False)
         assert storage.read(MANIFEST, 100) == b"new"
         assert set(storage.list(STEP)) == {"0123456789ab", names.MANIFEST}
@@ -164,6 +165,7 @@ class StorageSuite:
 
     def test_without_replace_what_is_there_stays(self, storage: Storage) -> None:
         storage.begin(FOLDER)
+        storage.put(RECORD, b"{}")
         storage.publish(MANIFEST, b"old", replace=False)
         with pytest.raises(FileExistsError):
             storage.publish(MANIFEST, b"new", replace=False)

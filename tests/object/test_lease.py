@@ -94,7 +94,7 @@ def test_one_that_lives_elsewhere_is_never_taken_over(storage: ObjectStorage, el
     owner = Lease.acquire(storage, 0)
     elsewhere(True)
     with pytest.raises(ConflictError):
-        Lease.acquire(storage, 3.0)
+        Lease.acquire(storage, 1.8)
     owner.check()
     owner.release()
     Lease.acquire(storage, 0).release()

@@ -290,7 +290,7 @@ def test_no_secret_is_shown(server: Server, new_url, caplog):
             texts += traceback.format_exception(caught.value)
             texts.append(repr(m.Fault.of(caught.value)))
     with pytest.raises(StorageError) as caught:
-        ObjectStorage("s3://b/r", StorageOptions.of({"no_such_option": "CANARYoption"}))
+        ObjectStorage("s3://b/r", StorageOptions.of({"no_such_option": canary}))
     texts += traceback.format_exception(caught.value)
     with pytest.raises(TypeError) as refused:
         StorageOptions.of({"credential_provider": lambda: "CANARY"})

@@ -13,8 +13,8 @@ from support.faulty_proxy import FaultyProxy
 from support.object_schedules import live
 from support.seaweed import Server
 
+from asyncckpt.storage import cloud, upload
 from asyncckpt.storage import object as object_storage
-from asyncckpt.storage import upload
 from asyncckpt.storage.cloud import StorageOptions
 
 TORTURE = int(os.environ.get("ASYNCCKPT_TORTURE", "0"))
@@ -23,8 +23,9 @@ LIVES = max(20, 30 * TORTURE)
 
 @pytest.fixture(autouse=True)
 def small_parts_and_short_waits(monkeypatch):
-    monkeypatch.setattr(upload, "PART", 64 << 10)
+    monkeypatch.setattr(upload, "PART", 5 << 20)
     monkeypatch.setattr(object_storage, "_LAST_WAIT", 0.05)
+    monkeypatch.setattr(cloud, "_FIRST_WAIT", 0.005)
 
 
 @pytest.mark.timeout(120 + 5 * LIVES)

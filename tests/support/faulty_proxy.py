@@ -42,6 +42,8 @@ class Request:
 
     @property
     def kind(self) -> str:
+        if self.method == "POST" and self.query.startswith("delete"):
+            return "delete"
         if "partNumber=" in self.query:
             return "part"
         if "uploadId=" in self.query:

@@ -19,8 +19,8 @@ from asyncckpt.storage.object import ObjectStorage
 from asyncckpt.testing.service import ServiceDriver, Value
 from support.faulty_proxy import FAULTS, FaultyProxy, Request
 
-ITEMS = 48 << 10
-"""Of four bytes each: an image takes several parts."""
+SMALL, LARGE = 12 << 10, 1600 << 10
+"""Items of four bytes: an image that goes out in one request, and one that takes two parts of 5 MiB."""
 
 
 @dataclass
@@ -50,10 +50,10 @@ class Verdict:
     faults: list[str]
 
 
-def value_of(seed: int) -> Value:
+def value_of(seed: int, items: int = SMALL) -> Value:
     """An image of random bytes, and a tree."""
-    data = np.random.default_rng(seed).standard_normal(ITEMS).astype("<f4").tobytes()
-    image = layout([Spec("w", "F32", (ITEMS,), 4)])
+    data = np.random.default_rng(seed).standard_normal(items, dtype="<f4").tobytes()
+    image = layout([Spec("w", "F32", (items,), 4)])
     return {"model": (image.header + data, {"seed": seed}), "note": (b"", [seed])}
 
 
@@ -111,7 +111,7 @@ def live(
             for number in range(3):
                 step = 10 * start + number
                 for replace in [False, True] if rng.random() < 0.3 else [False]:
-                    value = value_of(rng.randrange(4))
+                    value = value_of(rng.randrange(4), LARGE if rng.random() < 0.06 else SMALL)
                     if attempt(f"save of {step}", driver.save, step, value, replace=replace):
                         saved += 1
                         committed[step] = value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import http.client
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -140,17 +140,19 @@ def _is_free(port: int) -> bool:
 
 
 def _answers(port: int, process: subprocess.Popen[bytes]) -> bool:
-    """Wait until the bucket is there: it is refused to strangers then, and not unknown."""
+    """Wait until the bucket is there."""
+    import obstore
+
+    options = Server(port).options(client_options={"allow_http": True, "timeout": "2s"})
+    options["retry_config"] = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+    store = obstore.store.from_url(f"s3://{BUCKET}", **options)
     deadline = time.monotonic() + _READY
     while time.monotonic() < deadline and process.poll() is None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
         try:
-            connection.request("GET", f"/{BUCKET}?list-type=2")
-            if connection.getresponse().status == 403:
-                return True
-        except OSError:
-            pass
-        finally:
-            connection.close()
-        time.sleep(0.05)
+            obstore.list_with_delimiter(store)
+            obstore.put(store, "ready", b"")
+        except (obstore.exceptions.BaseError, OSError):
+            time.sleep(0.05)
+        else:
+            return True
     return False
