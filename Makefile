@@ -29,7 +29,8 @@ test: $(READY)   ## the whole test suite
 
 torture: $(READY) ## the crash tests in their long form, and how long that takes
 	@echo "about $(TORTURE_MINUTES) minutes on two cores (an estimate from its parts): power cuts, kills and errors at every storage operation"
-	ASYNCCKPT_TORTURE=$(TORTURE) $(BIN)/python -m pytest -n 2 -s tests/crash tests/test_resume_examples.py tests/distributed/test_promise_9.py
+	ASYNCCKPT_TORTURE=$(TORTURE) $(BIN)/python -m pytest -n 2 -s tests/crash tests/test_resume_examples.py tests/distributed/test_promise_9.py \
+		tests/object/test_promise_19.py
 
 fuzz: $(READY)    ## hostile checkpoints for FUZZ_MINUTES minutes (10), guided by atheris where that can be installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]' \

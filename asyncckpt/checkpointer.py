@@ -38,8 +38,8 @@ from asyncckpt.snapshot.apply import Rename
 from asyncckpt.snapshot.describe import Description
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.stats import Stats
-from asyncckpt.storage.places import in_this_process_only
 from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.urls import in_this_process_only
 from asyncckpt.taken import TakenSteps
 
 log = logging.getLogger("asyncckpt")

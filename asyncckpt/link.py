@@ -14,8 +14,8 @@ from functools import partial
 from asyncckpt.errors import StorageError
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep, Policy
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.urls import StorageOptions
 from asyncckpt.write import messages as m
 from asyncckpt.write.client import ProcessWriter, ThreadWriter, Writer
 

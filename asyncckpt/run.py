@@ -21,9 +21,9 @@ from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
 from asyncckpt.snapshot.rng import RngState
 from asyncckpt.snapshot.view import View
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.places import open_storage
+from asyncckpt.storage.urls import StorageOptions
 
 Directory = str | os.PathLike[str]
 """Or a URL: s3://bucket/run, gs://, az://, file://, memory://."""

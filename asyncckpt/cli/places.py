@@ -12,8 +12,8 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.cli.answers import UsageError
 from asyncckpt.errors import CheckpointNotFoundError, ConflictError
 from asyncckpt.format import names
-from asyncckpt.storage.cloud import is_url
 from asyncckpt.storage.places import open_storage
+from asyncckpt.storage.urls import is_url
 
 if TYPE_CHECKING:
     from asyncckpt.read.reader import CheckpointReader

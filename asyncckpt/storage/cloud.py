@@ -6,7 +6,6 @@ obstore is imported when a URL is opened for the first time, so that a directory
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import re
@@ -17,24 +16,19 @@ from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeVar
 
-import msgspec
-
 from asyncckpt.errors import CheckpointError, NotSupportedError, StorageError
+from asyncckpt.storage.urls import StorageOptions, check_url
 
-log = logging.getLogger("asyncckpt")
 T = TypeVar("T")
 
-SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl", "memory")
 TIMEOUT = 120.0
 """Seconds that one request may take, its body included: obstore's own 30 s are too few for a part on a slow line."""
 RETRY = 300.0
 """Seconds within which a request that failed is begun again."""
 _BACKOFF = {"init_backoff": 0.1, "max_backoff": 10.0, "base": 2}
 """Between attempts, in seconds; obstore draws each wait at random from what these allow."""
-
 _TURNS, _FIRST_WAIT = 6, 0.05
 """Turns of what obstore has given up, and the most seconds before the second, which is doubled from turn to turn."""
-_PLAIN = (str, int, float, bool, bytes)
 _HARMLESS = {"region", "default_region", "endpoint", "endpoint_url", "bucket", "bucket_name", "timeout", "user_agent"}
 _SECRET_VARIABLE = re.compile(
     r"(SECRET|TOKEN|PASSWORD|CREDENTIAL|ACCESS_KEY|ACCOUNT_KEY|SAS|MASTER_KEY|SERVICE_ACCOUNT)"
@@ -47,64 +41,6 @@ _KINDS = ("TimedOut", "ConnectionRefused", "ConnectionReset", "IncompleteMessage
 
 _memories: dict[str, Any] = {}
 """What `memory://` URLs of this process name."""
-
-
-class StorageOptions(msgspec.Struct, frozen=True):
-    """Options of obstore as they travel to the writer. They hold credentials: no text shows them."""
-
-    values: dict[str, Any] = {}
-
-    def __repr__(self) -> str:
-        return "StorageOptions(...)" if self.values else "StorageOptions()"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        return []
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> StorageOptions:
-        """
-        Raises:
-            TypeError: an option is of a kind that can't be handed to the writer's process; its value is not shown.
-        """
-        return cls({} if options is None else {str(name): _plain(str(name), v) for name, v in options.items()})
-
-
-def _plain(name: str, value: Any) -> Any:
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(f"{name}[{key!r}]", item) for key, item in value.items()}
-    if value is None or isinstance(value, _PLAIN):
-        return value
-    raise TypeError(
-        f"storage_options: {name} is of type {type(value).__name__}, which can't be handed to the writer's process. "
-        "Give text, numbers, and dicts of these; or leave credentials to the environment."
-    )
-
-
-def is_url(location: str) -> bool:
-    return "://" in location
-
-
-def check_url(url: str) -> str:
-    """The URL without a slash at its end.
-
-    Raises:
-        ValueError: no kind of URL that there is, or one with credentials in it; the message shows none.
-    """
-    scheme, _, rest = url.partition("://")
-    bare = f"{scheme}://{rest.rpartition('@')[2].partition('?')[0].partition('#')[0]}"
-    if scheme not in (*SCHEMES, "file"):
-        raise ValueError(
-            f"{bare}: give a directory, or a URL that begins with s3://, gs://, az://, file:// or memory://"
-        )
-    if "@" in rest.partition("/")[0] and not scheme.startswith("abfs"):
-        raise ValueError(f"{bare}: give credentials in storage_options or in the environment, not in the URL")
-    if "?" in rest or "#" in rest:
-        raise ValueError(f"{bare}: a URL with '?' or '#' names no run; give options in storage_options")
-    if scheme != "memory" and not rest.strip("/"):
-        raise ValueError(f"{bare}: the URL names no bucket")
-    return url.rstrip("/")
 
 
 def obstore() -> ModuleType:

@@ -16,9 +16,10 @@ from typing import Any
 
 from asyncckpt.errors import ConflictError, CorruptCheckpointError, StorageError
 from asyncckpt.format import names
-from asyncckpt.storage.cloud import Cloud, StorageOptions
+from asyncckpt.storage.cloud import Cloud
 from asyncckpt.storage.holding import MachineHold, MachineHolds
 from asyncckpt.storage.upload import MOST_PARTS, Upload
+from asyncckpt.storage.urls import StorageOptions
 
 COPY_LIMIT = 5 << 30
 """Bytes that S3 copies by itself; what is larger passes through here."""

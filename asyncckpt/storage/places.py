@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import unquote
 
-from asyncckpt.storage.cloud import StorageOptions, check_url, is_url
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.urls import StorageOptions, check_url, directory_of, is_url
 
 if TYPE_CHECKING:
     from asyncckpt.storage.object import ObjectStorage
@@ -34,20 +33,3 @@ def open_storage(
     if options.values:
         raise ValueError(f"{location}: storage_options are for URLs of object stores")
     return LocalStorage(directory_of(url) if url else location, posix, direct)
-
-
-def directory_of(url: str) -> str:
-    """What a file:// URL names.
-
-    Raises:
-        ValueError: it names another host.
-    """
-    host, slash, path = url.removeprefix("file://").partition("/")
-    if host not in ("", "localhost"):
-        raise ValueError(f"{url}: it names the host {host!r}; file:///path names a directory of this machine")
-    return unquote(slash + path)
-
-
-def in_this_process_only(location: str) -> bool:
-    """Whether no other process sees what is kept there."""
-    return location.startswith("memory:")

@@ -17,9 +17,9 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.urls import StorageOptions
 from asyncckpt.testing.promises import (
     Deleted,
     Deleting,

@@ -19,7 +19,7 @@ from asyncckpt import errors
 from asyncckpt.policy.codec import Codec, Rates
 from asyncckpt.policy.keep import Keep
 from asyncckpt.policy.records import Record
-from asyncckpt.storage.cloud import StorageOptions
+from asyncckpt.storage.urls import StorageOptions
 
 
 class Fault(msgspec.Struct, frozen=True):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.seaweed import BUCKET, Server, program, shared
 
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.object import ObjectStorage
+from asyncckpt.storage.urls import StorageOptions
 
 _numbers = itertools.count()
 

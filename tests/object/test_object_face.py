@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 import asyncckpt
 from asyncckpt.cli.app import app
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.object import ObjectStorage
+from asyncckpt.storage.urls import StorageOptions
 
 pytest.importorskip("obstore")
 

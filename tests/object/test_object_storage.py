@@ -16,9 +16,9 @@ from asyncckpt.errors import ConflictError, StorageError
 from asyncckpt.format import names
 from asyncckpt.link import Options
 from asyncckpt.storage import upload
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.object import ObjectStorage
 from asyncckpt.storage.places import open_storage
+from asyncckpt.storage.urls import StorageOptions
 from asyncckpt.write import messages as m
 
 pytest.importorskip("obstore")

@@ -15,7 +15,7 @@ from support.seaweed import Server
 
 from asyncckpt.storage import cloud, upload
 from asyncckpt.storage import object as object_storage
-from asyncckpt.storage.cloud import StorageOptions
+from asyncckpt.storage.urls import StorageOptions
 
 TORTURE = int(os.environ.get("ASYNCCKPT_TORTURE", "0"))
 LIVES = max(20, 30 * TORTURE)

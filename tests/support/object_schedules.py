@@ -14,8 +14,8 @@ from asyncckpt.format.image import Spec, layout
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.read.reader import CheckpointReader
-from asyncckpt.storage.cloud import StorageOptions
 from asyncckpt.storage.object import ObjectStorage
+from asyncckpt.storage.urls import StorageOptions
 from asyncckpt.testing.service import ServiceDriver, Value
 from support.faulty_proxy import FAULTS, FaultyProxy, Request
 
