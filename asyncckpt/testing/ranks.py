@@ -11,6 +11,7 @@ import msgspec
 from asyncckpt.format import names
 from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.posix import Posix
+from asyncckpt.storage.urls import StorageOptions
 from asyncckpt.testing.promises import Event, content_word
 from asyncckpt.testing.service import ServiceDriver, Value
 from asyncckpt.write import messages as m
@@ -33,11 +34,15 @@ class RanksDriver:
         keep: Keep | None = None,
         direct: bool = True,
         note: Callable[[Event], None] = lambda event: None,
+        options: StorageOptions = StorageOptions(),  # noqa: B008
     ) -> None:
         self._patience = patience
-        self.drivers = [ServiceDriver(root, posix, keep=keep, direct=direct, note=note)]
+        self.drivers = [ServiceDriver(root, posix, keep=keep, direct=direct, note=note, options=options)]
         ready = self.drivers[0].look
-        self.drivers += [ServiceDriver(root, posix, direct=direct, rank=r, ready=ready) for r in range(1, world)]
+        self.drivers += [
+            ServiceDriver(root, posix, direct=direct, rank=rank, ready=ready, options=options)
+            for rank in range(1, world)
+        ]
 
     def save(self, step: int, value: Value, *, replace: bool = False) -> m.Committed:
         """Commit, as `step`, `value` with its rank in every tree.

@@ -25,7 +25,7 @@ HOSTILE = "w\x1b[31m\n\x07\u202e\x9b"
         (["ls"], answers.USAGE),
         (["nonsense"], answers.USAGE),
         (["ls", "{run}", "--nonsense"], answers.USAGE),
-        (["ls", "s3://bucket/run"], answers.USAGE),
+        (["ls", "ftp://bucket/run"], answers.USAGE),
         (["ls", ""], answers.USAGE),
         (["ls", "{run}/nothing"], answers.NOT_FOUND),
         (["show", "{run}@7"], answers.NOT_FOUND),

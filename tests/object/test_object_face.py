@@ -11,14 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from support.faulty_proxy import FaultyProxy
+from support.object_schedules import value_of
 from support.processes import PATIENCE, Trainer, until, wait_for_end
 from support.seaweed import KEY, SECRET, Server
 from typer.testing import CliRunner
 
 import asyncckpt
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.cli.app import app
+from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage.object import ObjectStorage
 from asyncckpt.storage.urls import StorageOptions
+from asyncckpt.testing.ranks import RanksDriver
 
 pytest.importorskip("obstore")
 
@@ -124,6 +128,18 @@ def test_one_tensor_of_a_large_checkpoint_takes_only_its_chunks(server, new_url)
     assert taken < 3.2 * chunk  # its two chunks, and that of the header; not all seven
 
 
+def test_several_ranks_commit_one_checkpoint(server: Server, new_url):
+    """Their services alone: what they share is the store."""
+    url, options = new_url(), StorageOptions.of(server.options())
+    with RanksDriver(url, world=3, options=options) as ranks:
+        ranks.save(1, value_of(1))
+        ranks.save(1, value_of(2), replace=True)
+    for rank in range(3):
+        with CheckpointReader(Catalog(ObjectStorage(url, options)), 1, rank) as reader:
+            reader.verify()
+            assert reader.tree("model") == {"rank": rank, "value": {"seed": 2}}
+
+
 def test_the_command_line(place, cli, tmp_path):
     with asyncckpt.Checkpointer(place) as ckpt:
         for step in (1, 2, 3):
@@ -212,7 +228,7 @@ def test_a_trainer_killed_in_the_middle_of_an_upload_loses_nothing(server: Serve
             return None
 
         proxy.choose = hold_back_one
-        options = server.options(proxy.port, client_options={"allow_http": True, "timeout": 3})
+        options = server.options(proxy.port, client_options={"allow_http": True, "timeout": 1})
         trainer = Trainer(TRAINER, url, json.dumps(options), size)
         try:
             word, writer = trainer.read_line().split()

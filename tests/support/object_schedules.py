@@ -108,7 +108,7 @@ def live(
             wrong.append(f"false conflict at start: {error}")
             break
         with driver:
-            for number in range(3):
+            for number in range(2):
                 step = 10 * start + number
                 for replace in [False, True] if rng.random() < 0.3 else [False]:
                     value = value_of(rng.randrange(4), LARGE if rng.random() < 0.06 else SMALL)
