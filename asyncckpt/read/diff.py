@@ -1,18 +1,20 @@
 """What differs between two checkpoints: by the digests of their chunks first, then by tensor and by value.
 
-Chunks with equal digests in the same place are not read. All else is read in bounded memory, and verified.
+Chunks with equal digests in the same place are not read. All else is read in bounded memory, and verified. What several
+ranks saved is compared put together, tensor by tensor, unless all digests are equal; what each had of its own, by rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.format.image import Entry
 from asyncckpt.format.manifest import PartRecord
+from asyncckpt.format.ranks import SharePart
 from asyncckpt.read.contents import MALFORMED, StoredTensor, tensors
 from asyncckpt.read.reader import CheckpointReader
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from asyncckpt.format.tree import Node
 
 How = Literal["same", "changed", "added", "removed"]
+_BATCH = 64 << 20
+"""Bytes of tensors that are read together where they can't be read chunk by chunk."""
+
 ABSENT = object()
 """Stands for a value that one side does not have."""
 
@@ -54,10 +59,7 @@ def diff(before: CheckpointReader, after: CheckpointReader) -> list[PartDiff]:
 
     Raises:
         CorruptCheckpointError: what had to be read of either is damaged.
-        NotSupportedError: either was saved by several ranks.
     """
-    before.check_alone()
-    after.check_alone()
     names = dict.fromkeys([*before.parts, *after.parts])
     return [_part(before, after, name) for name in names]
 
@@ -67,25 +69,60 @@ def _part(before: CheckpointReader, after: CheckpointReader, name: str) -> PartD
         return PartDiff(name, "added")
     if name not in after.parts:
         return PartDiff(name, "removed")
-    one, two = before.part(name), after.part(name)
-    image_same = _same_image(one, two)
-    if image_same and bytes(one.tree) == bytes(two.tree):
+    shares = before.shares(name), after.shares(name)
+    images_same = len(shares[0]) == len(shares[1]) and all(map(_same_image, *shares))
+    if images_same and all(bytes(one.tree) == bytes(two.tree) for one, two in zip(*shares, strict=True)):
         return PartDiff(name, "same")
-    old, new = tensors(before, name), tensors(after, name)
+    found = _seen(before, after, name, images_same, {})
+    if not (before.is_common(name) and after.is_common(name)):
+        for rank in range(1, max(before.manifest.world, after.manifest.world)):
+            found = _and(found, _of_rank(before, after, name, rank, images_same), f" of rank {rank}")
+    silent = not (found.added or found.removed or found.changed or found.retyped or found.values)
+    return PartDiff(name, "same") if silent else found
+
+
+def _of_rank(before: CheckpointReader, after: CheckpointReader, name: str, rank: int, images_same: bool) -> PartDiff:
+    """What one of several ranks had of its own."""
+    if rank >= before.manifest.world:
+        return PartDiff(name, "changed", values=(ValueDiff(name, ABSENT, after.seen_by(rank).tree(name)),))
+    if rank >= after.manifest.world:
+        return PartDiff(name, "changed", values=(ValueDiff(name, before.seen_by(rank).tree(name), ABSENT),))
+    common = {**before.sharded(name), **after.sharded(name)}
+    return _seen(before.seen_by(rank), after.seen_by(rank), name, images_same, common)
+
+
+def _and(one: PartDiff, two: PartDiff, label: str) -> PartDiff:
+    """Both; what is from the second bears a label."""
+    return replace(
+        one,
+        added=(*one.added, *(key + label for key in two.added)),
+        removed=(*one.removed, *(key + label for key in two.removed)),
+        changed=(*one.changed, *(key + label for key in two.changed)),
+        retyped={**(one.retyped or {}), **{key + label: pair for key, pair in (two.retyped or {}).items()}},
+        values=(*one.values, *(replace(value, path=value.path + label) for value in two.values)),
+    )
+
+
+def _seen(
+    before: CheckpointReader, after: CheckpointReader, name: str, images_same: bool, without: Mapping[str, object]
+) -> PartDiff:
+    """What differs as the ranks of these readers see it, tensors `without` some."""
+    old, new = (
+        {key: tensor for key, tensor in tensors(reader, name).items() if key not in without}
+        for reader in (before, after)
+    )
     common = [key for key in old if key in new]
     retyped = {key: (old[key], new[key]) for key in common if _type(old[key]) != _type(new[key])}
     alike = [key for key in common if key not in retyped]
-    found = PartDiff(
+    return PartDiff(
         name,
         "changed",
         added=tuple(key for key in new if key not in old),
         removed=tuple(key for key in old if key not in new),
-        changed=() if image_same else tuple(_changed(before, after, name, alike)),
+        changed=() if images_same else tuple(_changed(before, after, name, alike)),
         retyped=retyped,
         values=_values_of(before, after, name, retyped),
     )
-    silent = not (found.added or found.removed or found.changed or found.retyped or found.values)
-    return PartDiff(name, "same") if silent else found
 
 
 def _type(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
@@ -94,7 +131,9 @@ def _type(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
 
 def _same_image(one: PartRecord, two: PartRecord) -> bool:
     """By digests alone; False where they can't tell."""
-    return (one.size, one.chunk_size, one.digests) == (two.size, two.chunk_size, two.digests)
+    shards = [part.shards if isinstance(part, SharePart) else {} for part in (one, two)]
+    alike = (one.size, one.chunk_size, one.digests) == (two.size, two.chunk_size, two.digests)
+    return alike and shards[0] == shards[1]
 
 
 def _changed(before: CheckpointReader, after: CheckpointReader, part: str, keys: list[str]) -> Iterator[str]:
@@ -102,10 +141,27 @@ def _changed(before: CheckpointReader, after: CheckpointReader, part: str, keys:
     if not keys:
         return
     old, new = before.entries(part), after.entries(part)
+    if before.manifest.world > 1 or after.manifest.world > 1:
+        for some in _batches(keys, old):
+            one_image, two_image = before.image(part, some), after.image(part, some)
+            yield from (key for key in some if one_image.bytes_of(key) != two_image.bytes_of(key))
+        return
     with _Image.opened(before, part) as one, _Image.opened(after, part) as two:
         for key in sorted(keys, key=lambda key: old[key].offset):
             if not _same_bytes(one, old[key], two, new[key]):
                 yield key
+
+
+def _batches(keys: list[str], entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+    """`keys` in turn, as many together as take a few megabytes, at least one."""
+    some: list[str] = []
+    for key in keys:
+        some.append(key)
+        if sum(entries[key].nbytes for key in some) >= _BATCH:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 class _Image:

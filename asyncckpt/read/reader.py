@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,11 @@ class PartImage:
 
     buffer: memoryview
     entries: dict[str, Entry]
+
+    def bytes_of(self, key: str) -> bytes:
+        """Those of the tensor `key`."""
+        start, end = place(self.entries[key])
+        return bytes(self.buffer[start:end])
 
 
 class SparseImage:
@@ -121,6 +127,17 @@ class CheckpointReader:
         """Whether all ranks that saved `part` together had the same of it, but for shards of its tensors."""
         return all(isinstance(share, SharePart) and share.same for share in self.shares(part)[1:])
 
+    def seen_by(self, rank: int) -> CheckpointReader:
+        """The same, as another rank finds it; open as long as this one."""
+        other = copy.copy(self)
+        other.rank, other._record, other._hold = rank, self._records[rank], None
+        return other
+
+    def sharded(self, part: str) -> dict[str, None]:
+        """The tensors of `part` that ranks have shards of, or one has for all."""
+        shares = [share for share in self.shares(part) if isinstance(share, SharePart)]
+        return dict.fromkeys(name for share in shares for name in share.shards)
+
     def shares(self, part: str) -> list[PartRecord]:
         """What each rank has of `part`."""
         self.part(part)
@@ -205,8 +222,8 @@ class CheckpointReader:
         """
         if self.manifest.world > 1:
             raise NotSupportedError(
-                f"step {self.step} was saved by {self.manifest.world} ranks, and what they have is not put together "
-                "here yet. asyncckpt.load reads it whole; a save of one process makes a checkpoint of one file a part."
+                f"step {self.step} was saved by {self.manifest.world} ranks, so that no part of it is one file. "
+                "asyncckpt export makes one, and asyncckpt.load reads it whole."
             )
 
     @contextmanager

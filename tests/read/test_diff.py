@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import Part, commit, flip
+from support.shards import commit_in_shards
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CorruptCheckpointError
@@ -177,3 +178,26 @@ def test_tensors_are_listed_as_the_training_had_them(tmp_path: Path) -> None:
         "array": ("numpy <f8", (), 8),
         "shared": ("float32", (4,), 16),
     }
+
+
+def test_what_several_ranks_saved_is_compared_put_together(tmp_path: Path) -> None:
+    """However it was cut; what each rank had of its own is compared in tests/distributed."""
+    tensor = np.arange(3 * PAGE, dtype=np.float32).reshape(-1, 64)
+    rows, columns = tensor.shape
+    other = tensor.copy()
+    other[-1, -1] += 1
+    by_rows = [((0, 0), (7, columns)), ((7, 0), (rows - 7, columns))]
+    by_columns = [((0, 0), (rows, 1)), ((0, 1), (rows, 2)), ((0, 3), (rows, columns - 3))]
+    commit_in_shards(tmp_path / "rows", tensor, by_rows)
+    commit_in_shards(tmp_path / "again", tensor, by_rows)
+    commit_in_shards(tmp_path / "columns", tensor, by_columns)
+    commit_in_shards(tmp_path / "other", other, by_columns)
+    commit(LocalStorage(str(tmp_path / "plain")), 1, {"model": Part({"w": tensor}, {"w": {"$": "tensor", "n": "w"}})})
+    readers = {p.name: CheckpointReader(Catalog(LocalStorage(str(p))), 1) for p in tmp_path.iterdir()}
+    same = [name for name in readers if name != "other"]
+    for one in same:
+        for two in same:
+            assert diff(readers[one], readers[two]) == [PartDiff("model", "same")]
+        for pair in ((one, "other"), ("other", one)):
+            (found,) = diff(*(readers[name] for name in pair))
+            assert (found.how, found.changed, found.values) == ("changed", ("w",), ())
