@@ -242,7 +242,7 @@ def check_part(name: str, part: PartRecord, manifest: Manifest, rank: int | None
     if part.file is None:
         if part.chunks or (part.size and not part.files):
             raise corrupt("it has chunks and no file")
-        _check_coded(name, part, manifest, corrupt)
+        _check_coded(name, part, manifest, rank, corrupt)
         return
     if part.files or part.coded:
         raise corrupt("it is stored in two ways")
@@ -265,7 +265,11 @@ def check_part(name: str, part: PartRecord, manifest: Manifest, rank: int | None
 
 
 def _check_coded(
-    name: str, part: PartRecord, manifest: Manifest, corrupt: Callable[[str], CorruptCheckpointError]
+    name: str,
+    part: PartRecord,
+    manifest: Manifest,
+    rank: int | None,
+    corrupt: Callable[[str], CorruptCheckpointError],
 ) -> None:
     if part.size < 0 or not 4096 <= part.chunk_size <= pieces.MAX_CHUNK:
         raise corrupt("its sizes are out of bounds")
@@ -273,7 +277,7 @@ def _check_coded(
         raise corrupt("its chunk table does not cover its image")
     sizes = {file.name: manifest.files[file.name].size for file in part.files}
     try:
-        pieces.check(name, part.lengths, part.files, part.coded)
+        pieces.check(name, rank, part.lengths, part.files, part.coded)
         digests = pieces.digests_of_files(part.files, part.coded, sizes)
     except pieces.Impossible as error:
         raise corrupt(str(error)) from error

@@ -21,6 +21,7 @@ _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 _TEMPORARY = re.compile(r"\.[a-z]+(-[0-9]{5})?\.json-[0-9a-f]{12}\.tmp")
 _RANK_RECORD = re.compile(r"rank-[0-9]{5}\.json")
 _OF_RANK = re.compile(r"(.*)\.rank-[0-9]{5}", re.DOTALL)
+_CODED = re.compile(r"([^.]*)(?:\.rank-([0-9]{5}))?\.[0-9a-f]{12}\.(?:coded|still)")
 _NONCE = re.compile(r"\.asyncckpt\.nonce-[0-9a-f]{12}")
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 PART_RULE = "1-64 letters, digits, '_' or '-', not starting with '-'"
@@ -67,7 +68,11 @@ def export_part(part: str, dtype: str) -> str:
 
 def image_file(part: str, rank: int | None = None) -> str:
     """The file of a part's image, or of the share of one of several ranks."""
-    return f"{part}{SUFFIX}" if rank is None else f"{part}.rank-{rank:05d}{SUFFIX}"
+    return f"{_of(part, rank)}{SUFFIX}"
+
+
+def _of(part: str, rank: int | None) -> str:
+    return part if rank is None else f"{part}.rank-{rank:05d}"
 
 
 def rank_record(rank: int) -> str:
@@ -75,21 +80,22 @@ def rank_record(rank: int) -> str:
     return f"rank-{rank:05d}.json"
 
 
-def coded_file(part: str, attempt: str, suffix: str) -> str:
+def coded_file(part: str, attempt: str, suffix: str, rank: int | None = None) -> str:
     """A file of coded chunks, first written by `attempt`: it keeps its name where later checkpoints share it."""
-    return f"{part}.{attempt}{suffix}"
+    return f"{_of(part, rank)}.{attempt}{suffix}"
 
 
-def part_of_coded(name: str) -> str | None:
-    """The part whose coded chunks the file `name` holds; None where it is no such file."""
-    part, attempt, suffix = (*name.split("."), "", "")[:3]
-    fits = is_part(part) and is_attempt(attempt) and f".{suffix}" in (CODED, STILL)
-    return part if fits and name.count(".") == 2 else None
+def coded_of(name: str) -> tuple[str, int | None] | None:
+    """The part, and the one of several ranks, whose coded chunks the file `name` holds; None: it is no such file."""
+    found = _CODED.fullmatch(name)
+    if found is None or not is_part(found[1]):
+        return None
+    return found[1], None if found[2] is None else int(found[2])
 
 
 def is_data_file(name: str) -> bool:
     """Whether `name` is a file that an attempt may hold."""
-    if name == RECORD or _RANK_RECORD.fullmatch(name) or part_of_coded(name) is not None:
+    if name == RECORD or _RANK_RECORD.fullmatch(name) or coded_of(name) is not None:
         return True
     stem = name.removesuffix(SUFFIX)
     of_rank = _OF_RANK.fullmatch(stem)

@@ -50,8 +50,12 @@ class Impossible(ValueError):
     """A table that can't be true, and why."""
 
 
-def check(part: str, lengths: Sequence[int], files: Sequence[Shared], table: Sequence[Pieces]) -> None:
-    """Hold the pieces of a part against each other. `lengths` are the decoded sizes of its chunks.
+def check(
+    part: str, rank: int | None, lengths: Sequence[int], files: Sequence[Shared], table: Sequence[Pieces]
+) -> None:
+    """Hold the pieces of a part, or of the share of one of several ranks, against each other.
+
+    `lengths` are the decoded sizes of its chunks.
 
     Raises:
         Impossible: no such checkpoint was ever written.
@@ -62,7 +66,7 @@ def check(part: str, lengths: Sequence[int], files: Sequence[Shared], table: Seq
     if len(known) != len(files) or len(files) > MAX_FILES:
         raise Impossible("its files are too many, or named twice")
     for file in files:
-        if names.part_of_coded(file.name) != part or file.uses < 0:
+        if names.coded_of(file.name) != (part, rank) or file.uses < 0:
             raise Impossible(f"one of its files bears the name {file.name!r}")
     for index, (length, pieces) in enumerate(zip(lengths, table, strict=True)):
         _check_chunk(index, length, len(files), pieces)

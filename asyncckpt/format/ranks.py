@@ -24,6 +24,7 @@ from asyncckpt.format.manifest import (
     check_record_bytes,
     digest_of_chunks,
 )
+from asyncckpt.format.pieces import Impossible, digests_of_files
 from asyncckpt.format.seal import VERSION, seal, unseal
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -51,13 +52,14 @@ class SharePart(PartRecord, frozen=True):
 
 
 class RankRecord(msgspec.Struct, frozen=True):
-    """What one of several ranks has durably written."""
+    """What one of several ranks has durably written. `sizes` are those of its coded files, by name."""
 
     step: int
     attempt: str
     rank: int
     world: int
     parts: dict[str, SharePart]
+    sizes: dict[str, int] = {}
     format: int = VERSION
 
     @property
@@ -67,12 +69,24 @@ class RankRecord(msgspec.Struct, frozen=True):
         return None if None in found.values() else {name: names_ or [] for name, names_ in found.items()}
 
     def files(self) -> dict[str, FileRecord]:
-        """Its data files, as the manifest names them."""
-        return {
-            part.file: FileRecord(sum(c.stored for c in part.chunks), digest_of_chunks(c.digest for c in part.chunks))
-            for part in self.parts.values()
-            if part.file is not None
-        }
+        """Its data files, as the manifest names them.
+
+        Raises:
+            CorruptCheckpointError: there can't be such files.
+        """
+        found = {}
+        for name, part in self.parts.items():
+            if part.file is not None:
+                size = sum(c.stored for c in part.chunks)
+                found[part.file] = FileRecord(size, digest_of_chunks(c.digest for c in part.chunks))
+            try:
+                digests = digests_of_files(part.files, part.coded, self.sizes)
+            except (Impossible, LookupError) as error:
+                raise CorruptCheckpointError(
+                    f"step {self.step}, part {name!r} of rank {self.rank}: {error}", step=self.step, part=name
+                ) from error
+            found |= {file: FileRecord(self.sizes[file], known) for file, known in digests.items()}
+        return found
 
 
 def encode_rank_record(record: RankRecord) -> bytes:
@@ -102,7 +116,7 @@ def decode_rank_records(data: Iterable[bytes], manifest: Manifest) -> list[RankR
     for rank, text in enumerate(data):
         record = _decode(text, manifest, rank)
         records.append(record)
-        files |= {part.file for part in record.parts.values() if part.file is not None}
+        files |= {file for part in record.parts.values() for file in part.data_files}
     if files != manifest.files.keys() - set(manifest.records):
         raise _corrupt(manifest, "the files of the records are not those of the manifest")
     for part in manifest.parts:
@@ -122,8 +136,8 @@ def _decode(data: bytes, manifest: Manifest, rank: int) -> RankRecord:
     ) or sorted(record.parts) != sorted(manifest.parts):
         raise _corrupt(manifest, f"{name} belongs to another attempt than the manifest names")
     for part, share in record.parts.items():
-        if share.file is not None and share.file not in manifest.files:
-            raise _corrupt(manifest, f"part {part!r} of rank {rank}: the manifest does not know its file", part)
+        if not set(share.data_files) <= manifest.files.keys():
+            raise _corrupt(manifest, f"part {part!r} of rank {rank}: the manifest does not know its files", part)
         check_part(part, share, manifest, rank)
         if sum(_sound(shard, manifest, part, key).nbytes for key, shard in share.shards.items()) > share.size:
             raise _corrupt(manifest, f"part {part!r} of rank {rank}: shards of more bytes than its image", part)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import msgspec
 
 from asyncckpt.format import names
+from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.posix import Posix
 from asyncckpt.storage.urls import StorageOptions
@@ -33,16 +34,15 @@ class RanksDriver:
         patience: float = 30.0,
         keep: Keep | None = None,
         direct: bool = True,
+        codec: Codec = Codec(),  # noqa: B008
         note: Callable[[Event], None] = lambda event: None,
         options: StorageOptions = StorageOptions(),  # noqa: B008
     ) -> None:
         self._patience = patience
-        self.drivers = [ServiceDriver(root, posix, keep=keep, direct=direct, note=note, options=options)]
+        about: dict[str, Any] = {"direct": direct, "codec": codec, "options": options}
+        self.drivers = [ServiceDriver(root, posix, keep=keep, note=note, **about)]
         ready = self.drivers[0].look
-        self.drivers += [
-            ServiceDriver(root, posix, direct=direct, rank=rank, ready=ready, options=options)
-            for rank in range(1, world)
-        ]
+        self.drivers += [ServiceDriver(root, posix, rank=rank, ready=ready, **about) for rank in range(1, world)]
 
     def save(self, step: int, value: Value, *, replace: bool = False) -> m.Committed:
         """Commit, as `step`, `value` with its rank in every tree.
@@ -77,9 +77,10 @@ class RanksDriver:
 
     def finish(self, numbers: list[int]) -> m.Committed:
         """Wait for the end of a save, on every rank."""
-        replies, errors = [], []
+        replies: list[m.Committed] = []
+        errors: list[Exception] = []
         for driver, number in zip(self.drivers, numbers, strict=True):
-            driver.look()
+            driver.look(number if replies else None)
             try:
                 replies.append(driver.finish(number))
             except Exception as error:
@@ -87,6 +88,16 @@ class RanksDriver:
         if errors:
             raise errors[0]
         return replies[0]
+
+    def give_up(self, step: int, value: Value) -> str:
+        """Let all ranks but the first write their shares of a save that is then taken back; returns the attempt."""
+        attempt = names.new_attempt()
+        self.drivers[0].reserve(step, attempt)
+        for rank, driver in enumerate(self.drivers[1:], 1):
+            member = m.Member(rank, len(self.drivers), attempt, self._patience)
+            driver.take_back(driver.begin(step, _of_rank(value, rank), member=member))
+        self.drivers[0].release(step, attempt)
+        return attempt
 
     def delete(self, step: int) -> None:
         self.drivers[0].delete(step)

@@ -142,10 +142,23 @@ class ServiceDriver:
         self._writer.send(m.Reserve(call, step, attempt))
         self._await(lambda r: isinstance(r, m.Done) and r.call == call)
 
-    def look(self) -> None:
-        """Tell the service that something in the storage has changed: what a doorbell from another rank does."""
+    def release(self, step: int, attempt: str) -> None:
+        """What was reserved will not be written."""
+        self._writer.send(m.Release(step, attempt))
+
+    def take_back(self, number: int) -> None:
+        """Drop a save of several ranks, once the share of this one is prepared."""
+        self._await(lambda r: isinstance(r, m.Ready) and r.save == number)
+        self._writer.send(m.Drop(number))
+        self._await(lambda r: isinstance(r, m.Dropped) and r.save == number)
+
+    def look(self, committed: int | None = None) -> None:
+        """Tell the service that something in the storage has changed: what a doorbell from another rank does.
+
+        Of the save `committed` rank 0 has said that it is.
+        """
         for number in list(self._events):
-            self._writer.send(m.Look(number))
+            self._writer.send(m.Look(number, number == committed))
 
     def delete(self, step: int) -> None:
         self._note(Deleting(step))

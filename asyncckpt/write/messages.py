@@ -41,7 +41,8 @@ class Fault(msgspec.Struct, frozen=True):
             return cls("RankError", str(error), {"rank": error.rank})
         named = errors.CheckpointExistsError, errors.CheckpointNotFoundError, errors.CheckpointBusyError
         if isinstance(error, (*named, errors.NotSupportedError)):
-            return cls(type(error).__name__, str(error))
+            known = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+            return cls(known.__name__, str(error))
         return cls("StorageError", f"{type(error).__name__}: {error}")
 
     def error(self) -> errors.CheckpointError:
@@ -166,9 +167,13 @@ class Release(msgspec.Struct, tag=True, frozen=True):
 
 
 class Look(msgspec.Struct, tag=True, frozen=True):
-    """Something of this save has changed in the storage: another rank is prepared, or it is decided."""
+    """Something of this save has changed in the storage: another rank is prepared, or it may be decided.
+
+    `committed`: it is, as rank 0 knows; the storage need not show that any more, where retention has let it go at once.
+    """
 
     save: int
+    committed: bool = False
 
 
 class Hurry(msgspec.Struct, tag=True, frozen=True):

@@ -50,6 +50,8 @@ class Place:
     size: int
     chunk_size: int
     meter: Meter
+    rank: int | None = None
+    """Of one of several, whose share of the part it is."""
 
 
 @dataclass(frozen=True)
@@ -285,7 +287,7 @@ class _Growing:
     """A file that is made when the first piece comes, each piece at the next page. `expected` bytes are reserved."""
 
     def __init__(self, place: Place, suffix: str, expected: int) -> None:
-        self.name = names.coded_file(place.part, place.attempt, suffix)
+        self.name = names.coded_file(place.part, place.attempt, suffix, place.rank)
         self.direct = False
         self._place, self._expected = place, expected
         self._lock = threading.Lock()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,8 @@ class Save:
     dropped: bool = False
     started: bool = False
     orphaned: bool = False
+    committed: bool = False
+    """Rank 0 has said so."""
     written: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -120,6 +122,8 @@ class Attempt:
         self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
         self._storage, self._workers, self._progress = storage, workers, progress
         self._codec, self._coding, self._bases = codec, coding, bases or {}
+        self._rank: int | None = None
+        """Of one of several, whose share this is."""
         self.meter = Meter()
         self.folder = f"{names.step_name(save.begin.step)}/{attempt}"
         self._slots = asyncio.Semaphore(workers.count)
@@ -160,10 +164,6 @@ class Attempt:
         direct = any(part.direct for part in parts.values())
         return Prepared(self._attempt, files, direct, written, dict(parts), self._nonfinite())
 
-    def _file(self, part: str) -> str:
-        """What the raw image of a part is called."""
-        return names.image_file(part)
-
     async def _write_part(self, span: Span) -> WrittenPart:
         writer = await self._writer(span)
         try:
@@ -180,8 +180,8 @@ class Attempt:
             raise
 
     async def _writer(self, span: Span) -> PartWriter:
-        about = self._attempt, span.part, self._file(span.part), span.size
-        place = Place(self._storage, self.folder, *about, CHUNK_SIZE, self.meter)
+        about = self._attempt, span.part, names.image_file(span.part, self._rank), span.size
+        place = Place(self._storage, self.folder, *about, CHUNK_SIZE, self.meter, self._rank)
         if self._coding is None:
             return await self._workers.run(RawPart, place)
         entries = await self._entries(span)
@@ -247,3 +247,12 @@ def _hop(writer: PartWriter, index: int, start: int, data: memoryview, scan: Fin
     writer.write(index, data)
     if scan is not None:
         scan.look(start, data)
+
+
+def leaves(group: BaseException) -> Iterator[BaseException]:
+    """The plain exceptions in a tree of groups."""
+    if isinstance(group, BaseExceptionGroup):
+        for error in group.exceptions:
+            yield from leaves(error)
+    else:
+        yield group

@@ -8,6 +8,7 @@ for a commit. That somebody calls `Look` only makes the writers look sooner.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -19,12 +20,14 @@ from asyncckpt.errors import CheckpointNotFoundError, RankError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import MAX_RECORD, FileRecord, PartRecord, digest
 from asyncckpt.format.ranks import RankRecord, SharePart, StoredShard, encode_rank_record, prepared
+from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.messages import Member
-from asyncckpt.write.parts import WrittenPart
-from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
+from asyncckpt.write.parts import Base, BaseGone, Coding, WrittenPart
+from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
 from asyncckpt.write.workers import Workers
 
+log = logging.getLogger("asyncckpt")
 _FIRST_LOOK, _LAST_LOOK = 0.02, 0.5
 """Seconds between looks into the storage while nobody calls `Look`: they become longer by half each time."""
 _ORPHANED = 15.0
@@ -64,9 +67,13 @@ class Share(Attempt):
         workers: Workers,
         progress: Callable[[Save], None],
         check_finite: bool,
+        codec: Name,
+        coding: Coding | None,
+        bases: Mapping[str, Base],
         ready: Callable[[], None],
     ) -> None:
-        super().__init__(save, member.attempt, storage, workers, progress, check_finite)
+        super().__init__(save, member.attempt, storage, workers, progress, check_finite, codec, coding, bases)
+        self._rank = member.rank
         self._member, self._ready = member, ready
         self._deadline = Deadline(save, member.patience)
 
@@ -78,13 +85,30 @@ class Share(Attempt):
         if self._deadline.left <= 0:
             raise RankError(f"step {self._save.begin.step}: {self._member.patience:g} s had passed before the commit")
 
-    def _file(self, part: str) -> str:
-        return names.image_file(part, self._member.rank)
+    async def prepare(self) -> Prepared:
+        try:
+            return await super().prepare()
+        except BaseExceptionGroup as group:
+            gone = next((error for error in leaves(group) if isinstance(error, BaseGone)), None)
+            if gone is None:
+                raise
+            log.warning("step %d: %s; writing it once more under new names", self._save.begin.step, gone)
+        await self._workers.run(self._clear)
+        self._bases, self._attempt, self._save.written = {}, names.new_attempt(), 0
+        return await super().prepare()
+
+    def _clear(self) -> None:
+        """Remove what this rank has written."""
+        for name in self._storage.list(self.folder):
+            found = names.coded_of(name)
+            if found is not None and found[1] == self._member.rank:
+                self._storage.delete(f"{self.folder}/{name}")
 
     async def _store_record(self, parts: Mapping[str, WrittenPart]) -> Prepared:
         member, step = self._member, self._save.begin.step
         shares = self._shares(self._records(parts))
-        record = encode_rank_record(RankRecord(step, member.attempt, member.rank, member.world, shares))
+        sizes = {name: file.size for part in parts.values() if part.record.files for name, file in part.files.items()}
+        record = encode_rank_record(RankRecord(step, member.attempt, member.rank, member.world, shares, sizes))
         await self._workers.run(self._storage.settle, self.folder)
         key = f"{self.folder}/{names.rank_record(member.rank)}"
         await self._workers.run(lambda: self._storage.publish(key, record, replace=False))
@@ -92,7 +116,7 @@ class Share(Attempt):
         self._ready()
         name = names.rank_record(member.rank)
         own = self._prepared_of({name: FileRecord(len(record), digest(record))}, parts)
-        return own if member.rank else replace(await self._gather(), direct=own.direct)
+        return own if member.rank else replace(await self._gather(), direct=own.direct, parts=own.parts)
 
     def _prepared(self, records: dict[int, bytes]) -> Prepared:
         """What the records vouch for, themselves included.
@@ -103,16 +127,18 @@ class Share(Attempt):
         member, step = self._member, self._save.begin.step
         files: dict[str, FileRecord] = {}
         nonfinite: dict[str, list[str]] | None = {}
+        shared: set[str] = set()
         for rank, data in sorted(records.items()):
             record = prepared(data, step, member.attempt, rank, member.world)
             files |= {names.rank_record(rank): FileRecord(len(data), digest(data)), **record.files()}
+            shared |= {file.name for part in record.parts.values() for file in part.files if file.uses}
             if record.nonfinite is None:
                 nonfinite = None
             elif nonfinite is not None:
                 for part, found in record.nonfinite.items():
                     nonfinite[part] = nonfinite.get(part, []) + found
-        size = sum(file.size for file in files.values())
-        return Prepared(member.attempt, dict(sorted(files.items())), False, size, {}, nonfinite)
+        written = sum(file.size for name, file in files.items() if name not in shared)
+        return Prepared(member.attempt, dict(sorted(files.items())), False, written, {}, nonfinite)
 
     def _shares(self, parts: dict[str, PartRecord]) -> dict[str, SharePart]:
         seal = self._save.seal
@@ -175,7 +201,7 @@ class Share(Attempt):
         grace = max(2.0, self._member.patience / 10)
         catalog = Catalog(self._storage)
         while True:
-            if await self._workers.run(self._is_published, catalog):
+            if self._save.committed or await self._workers.run(self._is_published, catalog):
                 return
             if self._save.orphaned:
                 raise DroppedSave

@@ -30,7 +30,7 @@ from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
 from asyncckpt.write.parts import Base, BaseGone, Coding
-from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save
+from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
 from asyncckpt.write.ranks import Share
 from asyncckpt.write.retention import Retention
 from asyncckpt.write.workers import Workers, available_cores
@@ -107,6 +107,7 @@ class Service:
                 self._drop(message)
             case m.Look():
                 if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
+                    save.committed = save.committed or message.committed
                     save.touch()
             case m.Hurry():
                 self._workers.hurry = message.on
@@ -191,6 +192,8 @@ class Service:
             self._reply(m.Refused(m.Fault.of(error)))
             return
         self._rank = open_.rank
+        self._codec, self._coding = open_.codec, self._coding_of(open_.codec)
+        self._using = "raw" if open_.codec.name == "auto" else open_.codec.name
         if open_.rank:
             self._storage, self._check_finite = storage, open_.check_finite
             self._reply(m.Opened(os.getpid()))
@@ -208,8 +211,6 @@ class Service:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
             self._storage, self._check_finite = storage, open_.check_finite
-            self._codec, self._coding = open_.codec, self._coding_of(open_.codec)
-            self._using = "raw" if open_.codec.name == "auto" else open_.codec.name
             self._retention = Retention(self._custody_of, open_.asks, self._workers, self._reply)
             if self._give_up.is_set():
                 self._retention.give_up()
@@ -285,7 +286,7 @@ class Service:
             self._spawn(self._guarded("retention", self._retention.after_commit(manifest, replaced)))
 
     async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
-        begun, member = time.time(), save.begin.member
+        begun, member, using = time.time(), save.begin.member, self._using
         attempt = self._new_attempt(save) if member is None else self._new_share(save, member)
         async with self._custody_of() as custody:
             await self._workers.run(lambda: self._storage.begin(attempt.folder, shared=member is not None))
@@ -294,7 +295,7 @@ class Service:
             try:
                 prepared = await attempt.prepare()
             except BaseExceptionGroup as group:
-                raise _first(group) from None
+                raise next(leaves(group)) from None
             written = time.time()
             async with self._custody_of() as custody:
                 await save.until(lambda: True)
@@ -305,22 +306,26 @@ class Service:
             await self._guarded("clearing a failed attempt", self._workers.run(custody.sweep_step, save.begin.step))
             raise
         custody.active.discard(attempt.folder)
-        self._bases |= {part: Base(attempt.folder, w.record, w.files) for part, w in prepared.parts.items()}
+        self._learn(attempt, prepared)
         times = begun, written, time.time()
-        self._rates = self._rates.then(attempt.meter.rates)
         reply = m.Committed(
             save.begin.save,
             manifest.size,
             *times,
             direct=prepared.direct,
             written=prepared.written,
-            codec=self._using,
+            codec=using,
             rates=self._rates,
             nonfinite=_listing(prepared.nonfinite),
         )
+        return manifest, replaced, reply
+
+    def _learn(self, attempt: Attempt, prepared: Prepared) -> None:
+        """It is committed: what comes next may hang on it, and is stored as it has shown to be best."""
+        self._bases |= {part: Base(attempt.folder, w.record, w.files) for part, w in prepared.parts.items()}
+        self._rates = self._rates.then(attempt.meter.rates)
         if self._codec.name == "auto":
             self._using = choose(self._using, self._rates, self._codec.cores or available_cores())
-        return manifest, replaced, reply
 
     def _new_attempt(self, save: Save) -> Attempt:
         return Attempt(
@@ -337,21 +342,22 @@ class Service:
 
     def _new_share(self, save: Save, member: m.Member) -> Share:
         ready = partial(self._reply, m.Ready(save.begin.save))
-        return Share(save, member, self._storage, self._workers, self._progress, self._check_finite, ready)
+        about = self._storage, self._workers, self._progress, self._check_finite
+        return Share(save, member, *about, self._using, self._coding, self._bases, ready)
 
     async def _share(self, save: Save, member: m.Member) -> m.Committed:
         """Write the share of a rank that is not the first, and wait for what rank 0's service decides."""
-        begun, share = time.time(), self._new_share(save, member)
+        begun, share, using = time.time(), self._new_share(save, member), self._using
         await self._workers.run(lambda: self._storage.begin(share.folder, shared=True))
         try:
             prepared = await share.prepare()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise next(leaves(group)) from None
         written = time.time()
         await share.decided()
-        size, times = prepared.written, (begun, written, time.time())
-        self._rates = self._rates.then(share.meter.rates)
-        return m.Committed(save.begin.save, size, *times, prepared.direct, size, self._using, self._rates)
+        self._learn(share, prepared)
+        size, times = sum(file.size for file in prepared.files.values()), (begun, written, time.time())
+        return m.Committed(save.begin.save, size, *times, prepared.direct, prepared.written, using, self._rates)
 
     def _release(self, step: int, attempt: str) -> None:
         """A save of several ranks has ended here, or will not begin: what it has left is a leftover now."""
@@ -428,10 +434,3 @@ def _listing(nonfinite: Mapping[str, list[str]] | None) -> str:
             more = f" and {len(tensors) - _NAMED} more" if len(tensors) > _NAMED else ""
             parts.append(f"{part}: {', '.join(tensors[:_NAMED])}{more}")
     return "; ".join(parts)
-
-
-def _first(group: BaseException) -> BaseException:
-    """The first plain exception in a tree of groups."""
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group

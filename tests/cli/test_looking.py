@@ -128,7 +128,7 @@ def test_a_coded_part_is_shown_and_verified_and_has_no_file_for_others(cli: Comm
     assert cli("verify", tmp_path).code == answers.OK
     shown = cli("show", tmp_path, "--json").json["parts"]["model"]
     assert shown["file"] is None and shown["bytes"] == len(image) and shown["chunks"] == 1
-    assert [names.part_of_coded(name) for name in shown["files"]] == ["model"]
+    assert [names.coded_of(name) for name in shown["files"]] == [("model", None)]
     assert shown["files"][0] in cli("show", tmp_path).out
     refused = cli("path", tmp_path, "model")
     assert refused.code != answers.OK and "is coded" in refused.err

@@ -107,17 +107,19 @@ def test_a_table_that_can_not_be_true_is_refused(part: PartRecord) -> None:
     assert (caught.value.step, caught.value.part) == (7, "model")
 
 
-@pytest.mark.parametrize("name", [f"model.{OLD}.coded", f"a-b.{OLD}.still"])
+@pytest.mark.parametrize("name", [f"model.{OLD}.coded", f"a-b.{OLD}.still", f"model.rank-00003.{OLD}.still"])
 def test_names_of_coded_files(name: str) -> None:
-    part, attempt, suffix = name.split(".")
-    assert names.coded_file(part, attempt, f".{suffix}") == name
-    assert names.part_of_coded(name) == part and names.is_data_file(name)
+    part, *of, attempt, suffix = name.split(".")
+    rank = 3 if of else None
+    assert names.coded_file(part, attempt, f".{suffix}", rank) == name
+    assert names.coded_of(name) == (part, rank) and names.is_data_file(name)
 
 
 @pytest.mark.parametrize(
     "name",
     ["model.coded", f"model.{OLD}", f"model.{OLD}.zst", f".{OLD}.coded", f"../model.{OLD}.coded", "model..coded",
-     f"model.{OLD}.coded.coded", f"model.{OLD.upper()}.coded", f"mo/del.{OLD}.coded", ""],
+     f"model.{OLD}.coded.coded", f"model.{OLD.upper()}.coded", f"mo/del.{OLD}.coded", "",
+     f"model.rank-3.{OLD}.coded", "model.rank-00003.coded", f"model.00003.{OLD}.coded"],
 )  # fmt: skip
 def test_other_names_are_of_no_coded_file(name: str) -> None:
-    assert names.part_of_coded(name) is None and not names.is_data_file(name)
+    assert names.coded_of(name) is None and not names.is_data_file(name)
