@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 
 from asyncckpt import arguments, progress, signals
 from asyncckpt.company import Request, company
+from asyncckpt.distributed.offers import Move
 from asyncckpt.errors import CheckpointError, StorageError, TornSnapshotError
 from asyncckpt.fetching import Wish
 from asyncckpt.handle import SaveHandle
@@ -102,7 +103,7 @@ class Checkpointer:
             by all; what is not done by all in time is done by none.
 
     In a job of several ranks (torch's default process group is initialized) all of them make the Checkpointer, and
-    call `save`, `maybe_save`, `restore` and `delete` in the same order with the same steps.
+    call `save`, `maybe_save`, `restore` and `delete` in the same order with the same steps; `preempt` all give or none.
 
     Raises:
         ValueError, TypeError: an argument that makes no sense.
@@ -166,13 +167,9 @@ class Checkpointer:
             rank_timeout=rank_timeout,
             settings={"when_full": when_full, "on_error": on_error, "max_in_flight": str(max_in_flight)},
             cadence=cadence,
+            clocks=clocks,
+            preempt=preempt,
             when_full=when_full,
-            not_there={
-                "preempt=": preempt is not None,
-                "export=": bool(exports),
-                "parts=": bool(clocks),
-                "codec=": codec != "raw",
-            },
         )
         options = Options(
             self._run.storage.url,
@@ -188,8 +185,15 @@ class Checkpointer:
         self._trial = OverlapTrial() if overlap == "auto" else None
         self._overlap = overlap is True
         self._snapshotter = Snapshotter(overlap_parts, exports)
-        self._watch = Watch(preempt, self._notice_came) if preempt is not None else None
-        self._schedule = Schedule(cadence, self._watch, self._trial, lambda: self._snapshotter.fenced, clocks=clocks)
+        self._preempt = preempt
+        self._watch = Watch(preempt, self._company.given) if preempt is not None else None
+        self._schedule = Schedule(
+            cadence,
+            self._notice if preempt is not None else None,
+            self._trial,
+            lambda: self._snapshotter.fenced,
+            clocks=clocks,
+        )
         self._newest: SaveHandle | None = None
         self._warned: set[BaseException] = set()
         self._metric_missed = False
@@ -210,6 +214,7 @@ class Checkpointer:
         try:
             self._taken = TakenSteps(self._run)
             fence.install(self._schedule.meter)
+            self._company.listen(self._notice_heard)
             if self._watch is not None:
                 self._watch.start()
             _open.add(self)
@@ -310,7 +315,8 @@ class Checkpointer:
     def maybe_save(self, step: int, state: Mapping[str, Any], **options: Any) -> SaveHandle | None:
         """`save`, with the same options, if the cadence or a part's clock says so, or a notice to leave has come.
 
-        Else None. The first call after a notice saves all parts at once, with `when_full="wait"`; an earlier save that
+        Else None. The first call after a notice (of several ranks, to any of them: the first that none has come to yet)
+        saves all parts at once, with `when_full="wait"`; an earlier save that
         failed is then told by the log, and raised by `close`.
 
         Raises:
@@ -318,18 +324,34 @@ class Checkpointer:
         """
         self._check_usable()
         self._schedule.meter.step_ends()
-        clocks = self._schedule.clocks
-        arguments.check_clocks_fit(clocks.named, state)
-        due = self._schedule.decide(arguments.checked_step(step))
-        if due is not None and due.reason == "notice":
-            return self._save_before_leaving(step, state, options)
-        if not self._company.due(step, due is not None):
+        arguments.check_clocks_fit(self._schedule.clocks.named, state)
+        step = arguments.checked_step(step)
+        if self._company.call() == "leave":
+            self._schedule.give_up()
+        move = self._company.agreed(step, self._move(step, state, options))
+        if move.parting:
+            return self._save_before_leaving(step, state, options, move)
+        if not move.save:
             return None
-        if due is not None and clocks.named and "parts" not in options:
-            options["parts"] = clocks.chosen(list(state), due.parts, due.others)
-            if not options["parts"]:
-                return None
+        if move.parts is not None:
+            options["parts"] = move.parts
         return self.save(step, state, **options)
+
+    def _move(self, step: int, state: Mapping[str, Any], options: Mapping[str, Any]) -> Move | None:
+        """What this process would do, were it alone."""
+        due, clocks = self._schedule.decide(step), self._schedule.clocks
+        if due is None:
+            return None
+        if due.reason == "notice":
+            newest = self._newest
+            if newest is None or newest.step != step or newest.outcome not in ("pending", "committed"):
+                return Move(True, parting=True)
+            again = bool(newest.omitted) and "parts" not in options
+            return Move(again, again=again, parting=True)
+        if not clocks.named or "parts" in options:
+            return Move(True)
+        parts = clocks.chosen(list(state), due.parts, due.others)
+        return Move(bool(parts), parts)
 
     def should_save(self, step: int) -> bool:
         """Whether `maybe_save(step, ...)` would save. Asking changes nothing.
@@ -338,13 +360,14 @@ class Checkpointer:
             ValueError: the Checkpointer has neither a cadence nor clocks nor `preempt`.
         """
         self._check_usable()
-        self._company.check_foreseeable()
-        return self._schedule.decide(arguments.checked_step(step)) is not None
+        step = arguments.checked_step(step)
+        return self._company.foresee() or self._schedule.decide(step) is not None
 
     @property
     def preempted(self) -> bool:
         """Whether a notice to leave has come (see `Preemption`), and a save was begun since: time to break the loop.
 
+        Of several ranks, it becomes true on all in the same `maybe_save`; without a save where they can't agree on one.
         A notice that comes between `maybe_save` and the look at this counts at the next step, which is saved then.
         """
         return self._schedule.answered
@@ -611,28 +634,35 @@ class Checkpointer:
                 failed[0].add_note(f"also: {other}")
             raise failed[0]
 
-    def _notice_came(self, notice: Notice) -> None:
-        """Called once, on a thread of the library."""
-        assert self._watch is not None
+    def _notice(self) -> Notice | None:
+        """The one that is to be answered, of this process or of all ranks."""
+        return self._company.notice(None if self._watch is None else self._watch.notice)
+
+    def _notice_heard(self, notice: Notice) -> None:
+        """There is one, here or at another rank. Called once, on a thread of the library."""
+        assert self._preempt is not None
         session, step = self._session, self._schedule.meter.measured.step
         announce(
             notice,
-            self._watch.preemption.grace,
+            self._preempt.grace,
             step,
             session.tally.seconds_to_committed,
             len(session.in_flight),
         )
         session.hurry()
 
-    def _save_before_leaving(self, step: int, state: Mapping[str, Any], options: dict[str, Any]) -> SaveHandle:
-        newest, notice = self._newest, self._schedule.notice
-        assert self._watch is not None and notice is not None
-        if newest is None or newest.step != step or newest.outcome not in ("pending", "committed"):
-            newest = self.save(step, state, **{**options, "when_full": "wait"})
-        elif newest.omitted and "parts" not in options:
-            newest = self.save(step, state, **{**options, "when_full": "wait", "overwrite": True})
+    def _save_before_leaving(
+        self, step: int, state: Mapping[str, Any], options: dict[str, Any], move: Move
+    ) -> SaveHandle | None:
+        notice = self._schedule.notice
+        assert self._preempt is not None and notice is not None
+        newest = self._newest
+        if move.save:
+            again = {"overwrite": True} if move.again else {}
+            newest = self.save(step, state, **{**options, "when_full": "wait", **again})
         self._schedule.answer(notice)
-        newest.add_done_callback(partial(report, notice, self._watch.preemption.grace))
+        if newest is not None:
+            newest.add_done_callback(partial(report, notice, self._preempt.grace))
         return newest
 
     def _look_for_metric(self, metrics: Mapping[str, float]) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncckpt.distributed.council import Council
 from asyncckpt.distributed.group import Group
 from asyncckpt.distributed.loading import Loading
+from asyncckpt.distributed.mail import Mail, Word
+from asyncckpt.distributed.notices import WORDS, Deed, Notices
+from asyncckpt.distributed.offers import Move
 from asyncckpt.distributed.opening import open_together
 from asyncckpt.distributed.saving import Saves
 from asyncckpt.errors import NotSupportedError
-from asyncckpt.fetching import Loaded, Wish, fetch
+from asyncckpt.fetching import Loaded, Wish, fetch, read, sources
 from asyncckpt.handle import SaveHandle
 from asyncckpt.policy.cadence import Every
+from asyncckpt.preemption import Notice, Preemption
 from asyncckpt.run import Filling, Run
 from asyncckpt.session import Session, WhenFull
 from asyncckpt.snapshot.apply import Rename
@@ -52,6 +56,7 @@ class Company:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._heard: Callable[[Notice], None] = lambda notice: None
 
     def open(self, make: Callable[[], Session]) -> Session:
         """The session with the writer, which `make` gives."""
@@ -100,15 +105,36 @@ class Company:
         """Do something that is done once for all ranks; `what` says to a person what it is."""
         do()
 
-    def due(self, step: int, wish: bool) -> bool:
-        """Whether all save `step`, where this process would."""
-        return wish
+    def agreed(self, step: int, move: Move | None) -> Move:
+        """What all do in a call of `maybe_save`, where this process would do `move`; None: it would not save."""
+        return move or Move(False)
 
-    def check_foreseeable(self) -> None:
-        """
+    def foresee(self) -> bool:
+        """Whether the next `maybe_save` saves because of a notice that only all ranks together know of.
+
         Raises:
-            NotSupportedError: only `due` can tell what all ranks would do.
+            NotSupportedError: only `agreed` can tell what all ranks would do.
         """
+        return False
+
+    # Notices to leave
+
+    def listen(self, heard: Callable[[Notice], None]) -> None:
+        """Call `heard`, on whatever thread, when there is a notice, for whichever rank; it goes on listening till the
+        end."""
+        self._heard = heard
+
+    def given(self, notice: Notice) -> None:
+        """This process has got a notice. On whatever thread."""
+        self._heard(notice)
+
+    def notice(self, own: Notice | None) -> Notice | None:
+        """The notice that is to be answered now, where `own` is this process's."""
+        return own
+
+    def call(self) -> Deed:
+        """`maybe_save` is called: `save` for a notice, where that is known by all, or `leave` without, or `go on`."""
+        return "go on"
 
     def close(self) -> None:
         """Nothing comes any more."""
@@ -117,19 +143,49 @@ class Company:
 class Together(Company):
     """One of several ranks: what it does it does when all have come to it, or within `patience` seconds not at all."""
 
-    def __init__(self, run: Run, group: Group, patience: float, settings: dict[str, str], cadence: object) -> None:
+    def __init__(
+        self,
+        run: Run,
+        group: Group,
+        patience: float,
+        settings: dict[str, str],
+        cadences: Iterable[object],
+        *,
+        clocks: bool,
+        grace: float | None,
+    ) -> None:
+        """`grace` is that of a preemption, where notices are listened for."""
         super().__init__(run)
         self.rank = group.rank
         self._group, self._settings = group, settings
         self._council = Council(group, patience)
         self._saves: Saves | None = None
+        self._mail: Mail | None = None
         """From `open` on."""
-        self._by_step = cadence is None or (isinstance(cadence, Every) and cadence.minutes is None)
+        self._notices = None if grace is None else Notices(group, min(patience, grace), self._send)
+        self._notice: Notice | None = None
+        """What all have agreed to answer."""
+        self._clocks = clocks
+        self._by_step = all(isinstance(c, Every) and c.minutes is None for c in cadences)
 
     def open(self, make: Callable[[], Session]) -> Session:
         session = open_together(self._council, self._run.storage, self._settings, make, lambda made: made.close())
-        self._saves = Saves(self._council, session)
+        self._saves = Saves(self._council, session, self._send)
+        self._mail = Mail(self._group, self._take)
+        self._mail.start()
         return session
+
+    def _send(self, rank: int, word: Word) -> None:
+        if self._mail is not None:
+            self._mail.send(rank, word)
+
+    def _take(self, word: Word) -> None:
+        """A word has come, on a thread of the mail."""
+        assert self._saves is not None
+        if word.what not in WORDS:
+            self._saves.hear(word)
+        elif self._notices is not None:
+            self._notices.take(word)
 
     def grant(self, session: Session, handle: SaveHandle, asked: Request) -> Granted | None:
         assert self._saves is not None
@@ -167,19 +223,17 @@ class Together(Company):
         rename: Rename | None,
         rewind: Callable[[int], None],
     ) -> Filling | None:
-        if wish.allow_stale:
-            raise NotSupportedError("allow_stale= can't be had yet in a job of several ranks; leave it out")
         view = View(state, self._group.rank, self._group.world, rename)
 
-        def read(step: int) -> Filling:
-            loaded = self._run.fetch(step, wish, view)
-            assert loaded is not None
-            return Filling(loaded, state, wish.strict, rename)
+        catalog = self._run.catalog
+
+        def read_here(step: int, stale: dict[str, int]) -> Filling:
+            return Filling(read(catalog, step, wish, view, stale), state, wish.strict, rename)
 
         def choose(read_all: Callable[[int], Filling]) -> Loaded | None:
-            return fetch(self._run.catalog, step, wish, one=lambda step: read_all(step).loaded)
+            return fetch(catalog, step, wish, one=lambda step: read_all(step).loaded)
 
-        found = Loading(self._council, read, rewind).run(choose)
+        found = Loading(self._council, read_here, lambda step: sources(catalog, step, wish), rewind).run(choose)
         if found is None:
             return None
         filling, chosen = found
@@ -189,19 +243,44 @@ class Together(Company):
     def once(self, what: str, do: Callable[[], None]) -> None:
         self._council.at_rank_0(what, do)
 
-    def due(self, step: int, wish: bool) -> bool:
-        return wish if self._by_step else self._council.rank_0_says(f"maybe_save of step {step}", wish)
+    def agreed(self, step: int, move: Move | None) -> Move:
+        """Rank 0's move counts, which is asked for where ranks may differ: by step, all know whether to save."""
+        if self._by_step and (move is None or not (self._clocks or move.parting)):
+            return move or Move(False)
+        return self._council.rank_0_says(f"maybe_save of step {step}", move or Move(False)) or Move(False)
 
-    def check_foreseeable(self) -> None:
+    def foresee(self) -> bool:
         if not self._by_step:
             raise NotSupportedError(
                 "should_save: several ranks foresee only Every(steps=); with other cadences rank 0 decides when all "
                 "call maybe_save"
             )
+        return self._notices is not None and self._notices.foresee()
+
+    def listen(self, heard: Callable[[Notice], None]) -> None:
+        if self._notices is not None:
+            self._notices.listen(lambda reason: heard(Notice(reason)))
+
+    def given(self, notice: Notice) -> None:
+        assert self._notices is not None
+        self._notices.given(notice.reason)
+
+    def notice(self, own: Notice | None) -> Notice | None:
+        return self._notice
+
+    def call(self) -> Deed:
+        if self._notices is None:
+            return "go on"
+        deed = self._notices.call()
+        if deed == "save":
+            self._notice = Notice(*self._notices.first)
+        return deed
 
     def close(self) -> None:
-        if self._saves is not None:
-            self._saves.close()
+        if self._notices is not None:
+            self._notices.close()
+        if self._mail is not None:
+            self._mail.close()
 
 
 def company(
@@ -210,20 +289,26 @@ def company(
     rank_timeout: float,
     settings: dict[str, str],
     cadence: object,
+    clocks: Mapping[str, object],
+    preempt: Preemption | None,
     when_full: str,
-    not_there: dict[str, bool],
 ) -> Company:
     """Of the ranks of torch's default process group, where there is one of several; else of this process alone.
 
     Raises:
-        NotSupportedError: something is asked for that several ranks can't have yet.
+        NotSupportedError: `when_full` is something that several ranks can't have.
     """
     group = Group.default()
     if group is None:
         return Company(run)
-    for what, asked in not_there.items():
-        if asked:
-            raise NotSupportedError(f"{what} can't be had yet in a job of several ranks; leave it out")
     if when_full not in ("wait", "skip"):
         raise NotSupportedError(f"when_full={when_full!r}: several ranks can 'wait' or 'skip'")
-    return Together(run, group, rank_timeout, settings, cadence)
+    return Together(
+        run,
+        group,
+        rank_timeout,
+        {**settings, "parts=": ", ".join(clocks), "preempt=": "given" if preempt is not None else "not given"},
+        [*clocks.values(), *([] if cadence is None else [cadence])],
+        clocks=bool(clocks),
+        grace=None if preempt is None else preempt.grace,
+    )

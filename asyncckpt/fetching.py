@@ -96,12 +96,12 @@ def fetch(
         CorruptCheckpointError: the step is damaged, or what it takes from an older one; or, without `step`, all are.
         StateMismatchError: `strict`, and the checkpoint has other parts than those wanted.
     """
-    one = one or (lambda step: _read(catalog, step, wish, view))
+    one = one or (lambda step: read(catalog, step, wish, view, sources(catalog, step, wish)))
     if step is not None:
         return one(step)
     lacking: list[int] = []
 
-    def read(step: int) -> Loaded | None:
+    def attempt(step: int) -> Loaded | None:
         if not wish.suits(catalog.manifest(step)):
             lacking.append(step)
             return None
@@ -111,7 +111,7 @@ def fetch(
             lacking.append(step)
             return None
 
-    found, passed_over = newest(catalog, read)
+    found, passed_over = newest(catalog, attempt)
     if found is None and lacking:
         raise _nothing_suits(catalog, wish, lacking[0])
     if found is None:
@@ -123,27 +123,16 @@ class _NothingOlder(CheckpointNotFoundError):
     """No older checkpoint has a part that this one lacks."""
 
 
-def _read(catalog: Catalog, step: int, wish: Wish, view: View | None) -> Loaded:
-    rank = view.rank if view is not None else 0
-    rebuild = view.rebuild if view is not None else rebuild_part
-    with ExitStack() as held:  # none of them may be deleted before all are read
-        reader = held.enter_context(CheckpointReader(catalog, step, rank))
-        stale = _sources(catalog, reader.manifest, wish)
-        origins = {older: held.enter_context(CheckpointReader(catalog, older, rank)) for older in set(stale.values())}
-        chosen = _choose(reader, wish, stale)
-        if wish.keys is not None:
-            return Loaded(step, {part: rebuild_tensors(reader, part, wish.keys) for part in chosen})
-        if view is not None:
-            chosen = view.visible(reader, chosen)
-        parts = {part: rebuild(origins[older], part) for part, older in stale.items()}
-        parts |= {part: rebuild(reader, part) for part in chosen}
-    if stale:
-        log.info("step %d, with %s", step, ", ".join(f"{part} of step {older}" for part, older in stale.items()))
-    return Loaded(step, parts, stale)
+def sources(catalog: Catalog, step: int, wish: Wish) -> dict[str, int]:
+    """By part that `step` lacks and that may be stale, the older step to take it from.
 
-
-def _sources(catalog: Catalog, manifest: Manifest, wish: Wish) -> dict[str, int]:
-    """By part that `manifest` lacks and that may be stale, the older step to take it from."""
+    Raises:
+        CheckpointNotFoundError: nothing has it, or there is no such step.
+        CorruptCheckpointError: the manifest of `step` is damaged, or what it would take may be.
+    """
+    if not wish.allow_stale:
+        return {}
+    manifest = catalog.manifest(step)
     parts = [name for name in wish.lacking(manifest) if name in wish.allow_stale]
     if not parts:
         return {}
@@ -160,6 +149,32 @@ def _sources(catalog: Catalog, manifest: Manifest, wish: Wish) -> dict[str, int]
                 )
         found[part] = origin.step
     return found
+
+
+def read(catalog: Catalog, step: int, wish: Wish, view: View | None, stale: Mapping[str, int]) -> Loaded:
+    """What is wanted of `step`, but for the `stale` parts, which come each from the older step that is said there.
+
+    Raises:
+        CheckpointNotFoundError: a step, or what is wanted of it, does not exist.
+        CorruptCheckpointError: what is read is damaged.
+        StateMismatchError: `strict`, and the checkpoint has other parts than those wanted.
+    """
+    rank = view.rank if view is not None else 0
+    rebuild = view.rebuild if view is not None else rebuild_part
+    with ExitStack() as held:  # none of them may be deleted before all are read
+        reader = held.enter_context(CheckpointReader(catalog, step, rank))
+        origins = {older: held.enter_context(CheckpointReader(catalog, older, rank)) for older in set(stale.values())}
+        chosen = _choose(reader, wish, stale)
+        if wish.keys is not None:
+            return Loaded(step, {part: rebuild_tensors(reader, part, wish.keys) for part in chosen})
+        wanted = [(origin, [p for p, older in stale.items() if older == origin.step]) for origin in origins.values()]
+        wanted.append((reader, chosen))
+        if view is not None:
+            wanted = [(origin, view.visible(origin, parts)) for origin, parts in wanted]
+        parts = {part: rebuild(origin, part) for origin, names in wanted for part in names}
+    if stale:
+        log.info("step %d, with %s", step, ", ".join(f"{part} of step {older}" for part, older in stale.items()))
+    return Loaded(step, parts, dict(stale))
 
 
 def _choose(reader: CheckpointReader, wish: Wish, stale: Collection[str]) -> list[str]:

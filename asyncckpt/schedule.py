@@ -11,7 +11,7 @@ from asyncckpt.policy.auto import Auto, Interval, Pacer
 from asyncckpt.policy.cadence import Cadence, Measured, Moment
 from asyncckpt.policy.clocks import Clocks
 from asyncckpt.policy.overlap import OverlapTrial
-from asyncckpt.preemption import Notice, Watch
+from asyncckpt.preemption import Notice
 from asyncckpt.snapshot.meter import StepMeter
 
 Reason = Literal["cadence", "notice"]
@@ -27,12 +27,16 @@ class Due:
 
 
 class Schedule:
-    """Decides for one Checkpointer. `fenced` gives the seconds that steps have waited for copies so far."""
+    """Decides for one Checkpointer.
+
+    `notice` gives the first notice to leave, if one has come, where any is listened for; `fenced` the seconds that
+    steps have waited for copies so far.
+    """
 
     def __init__(
         self,
         cadence: Cadence | Auto | None,
-        watch: Watch | None = None,
+        notice: Callable[[], Notice | None] | None = None,
         trial: OverlapTrial | None = None,
         fenced: Callable[[], float] = lambda: 0.0,
         now: Callable[[], float] = time.monotonic,
@@ -40,7 +44,7 @@ class Schedule:
     ) -> None:
         self._cadence = Pacer(cadence) if isinstance(cadence, Auto) else cadence
         self.meter = StepMeter(trial, fenced, self._learn, now)
-        self._watch = watch
+        self._notice = notice
         self.answered = False
         self._now = now
         self._last_save = now()
@@ -49,7 +53,7 @@ class Schedule:
     @property
     def notice(self) -> Notice | None:
         """The first notice to leave, if one has come."""
-        return self._watch.notice if self._watch is not None else None
+        return self._notice() if self._notice is not None else None
 
     @property
     def interval(self) -> Interval | None:
@@ -59,7 +63,7 @@ class Schedule:
     def decide(self, step: int) -> Due | None:
         """Why `step` is to be saved, and what of it, if it is. Asking changes nothing.
 
-        All that decides this comes together here: one rank that asks could publish the answer to the others.
+        Several ranks may come to different answers: rank 0's counts.
 
         Raises:
             ValueError: there is nothing to decide by.
@@ -70,7 +74,7 @@ class Schedule:
         parts = self.clocks.due(step, now, measured)
         if self._cadence is not None:
             others = self._cadence.due(Moment(step, now - self._last_save, measured))
-        elif self._watch is not None or self.clocks.named:
+        elif self._notice is not None or self.clocks.named:
             others = bool(parts)
         else:
             raise ValueError("maybe_save needs a cadence: Checkpointer(..., cadence=asyncckpt.Every(steps=100))")
@@ -79,6 +83,10 @@ class Schedule:
     def answer(self, notice: Notice | None) -> None:
         """What a notice (if there was one) asked for is being saved; from now on the cadence decides again."""
         self.answered = self.answered or notice is not None
+
+    def give_up(self) -> None:
+        """A notice has come, and can't be answered by a save: it is time to leave all the same."""
+        self.answered = True
 
     def save_begins(self, parts: Iterable[str] = ()) -> int:
         """A save of these parts is made, or skipped. Returns its number: see `Clocks.came_to_nothing`."""

@@ -241,11 +241,11 @@ class Session:
     def release(self, step: int, attempt: str) -> None:
         self._link.send(m.Release(step, attempt))
 
-    def look(self, attempt: str) -> None:
-        """Something has changed in the storage of what is saved under `attempt`."""
+    def look(self, attempt: str, committed: bool) -> None:
+        """Something has changed in the storage of what is saved under `attempt`; or it is known to be `committed`."""
         flight = self._flight_of(attempt)
         if flight is not None:
-            self._link.send(m.Look(flight.number))
+            self._link.send(m.Look(flight.number, committed))
 
     def abort(self, attempt: str, error: CheckpointError) -> None:
         """Another rank has failed at what is saved under `attempt`: so it fails here, if it is not too late."""

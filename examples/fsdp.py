@@ -54,7 +54,9 @@ def main() -> None:
     model = sharded_model(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = {"model": model, "optimizer": optimizer, "rng": asyncckpt.RngState()}
-    with asyncckpt.Checkpointer(options.directory, cadence=asyncckpt.Every(steps=5), rank_timeout=60) as ckpt:
+    with asyncckpt.Checkpointer(
+        options.directory, cadence=asyncckpt.Every(steps=5), preempt=asyncckpt.Preemption(), rank_timeout=60
+    ) as ckpt:
         start = ckpt.restore(state) or 0
         if dist.get_rank() == 0:
             print(f"{dist.get_world_size()} ranks, from step {start}", flush=True)
@@ -70,6 +72,10 @@ def main() -> None:
                 print(f"step {step}: loss {loss.item() / dist.get_world_size():.6f}", flush=True)
             if step == options.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if ckpt.preempted:  # a SIGTERM to torchrun, or to any rank: all have saved this step
+                if dist.get_rank() == 0:
+                    print(f"told to leave at step {step}", flush=True)
+                break
     dist.destroy_process_group()
 
 

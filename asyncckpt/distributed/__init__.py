@@ -7,6 +7,7 @@ mail     doorbells, rung and heard by threads of their own; nothing depends on o
 offers   what the rounds of a save exchange
 planner  which rank stores which tensor
 share    what a rank snapshots: its part of what it has
+notices  a notice to leave, told to all, and where they save for it
 saving   one save, agreed and followed to its end
 opening  one run for all ranks
 loading  one step for all ranks

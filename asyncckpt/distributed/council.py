@@ -40,10 +40,6 @@ class _Nothing(msgspec.Struct):
     pass
 
 
-class _Wish(msgspec.Struct):
-    wish: bool
-
-
 class LateRankError(RankError):
     """A rank did not come in time."""
 
@@ -95,13 +91,13 @@ class Council:
 
         self.agree(what, _Nothing(), decide, _Nothing)
 
-    def rank_0_says(self, what: str, wish: bool) -> bool:
-        """What rank 0 wishes, on all ranks. A rank that does not come in time makes it False."""
+    def rank_0_says(self, what: str, wish: Offer) -> Offer | None:
+        """What rank 0 wishes, on all ranks; None where a rank does not come in time."""
         try:
-            return self.agree(what, _Wish(wish), lambda wishes: wishes[0], _Wish).wish
+            return self.agree(what, wish, lambda wishes: wishes[0], type(wish))
         except LateRankError as error:
             log.warning("%s", error)
-            return False
+            return None
 
     def _key(self, who: object) -> str:
         return f"round/{self._round}/{who}"

@@ -30,13 +30,14 @@ class Chosen(msgspec.Struct, frozen=True):
 
 
 class _Word(msgspec.Struct):
-    """What comes next: `read` a step; what it was found to be, damaged if there is a reason; the end, perhaps with a
-    step that is `chosen`."""
+    """What comes next: `read` a step, with `stale` parts of older ones; what it was found to be, damaged if there is a
+    reason; the end, perhaps with a step that is `chosen`."""
 
     what: str
     step: int = -1
     damaged: str = ""
     chosen: Chosen | None = None
+    stale: dict[str, int] = {}
 
 
 class Found(Protocol):
@@ -49,10 +50,19 @@ class Found(Protocol):
 
 
 class Loading(Generic[Read]):
-    """`read` reads what this rank needs of a step. Rank 0 does `then` when a step is to be taken by all."""
+    """`read` reads what this rank needs of a step, some parts from older ones: rank 0 finds out which, by `sources`.
 
-    def __init__(self, council: Council, read: Callable[[int], Read], then: Callable[[int], None]) -> None:
-        self._council, self._read, self._then = council, read, then
+    Rank 0 does `then` when a step is to be taken by all.
+    """
+
+    def __init__(
+        self,
+        council: Council,
+        read: Callable[[int, dict[str, int]], Read],
+        sources: Callable[[int], dict[str, int]],
+        then: Callable[[int], None],
+    ) -> None:
+        self._council, self._read, self._sources, self._then = council, read, sources, then
         self._result: Read | None = None
         self._error: Exception | None = None
         self._vote = _Vote()
@@ -76,10 +86,10 @@ class Loading(Generic[Read]):
     def _agree(self, decide: Callable[[Sequence[_Vote]], _Word]) -> _Word:
         return self._council.agree("restore", self._vote, decide, _Word)
 
-    def _try(self, step: int) -> None:
+    def _try(self, step: int, stale: dict[str, int]) -> None:
         self._vote, self._error, self._result = _Vote(), None, None
         try:
-            self._result = self._read(step)
+            self._result = self._read(step, stale)
         except Exception as error:
             self._error = error
             self._vote = _Vote(Fault.of(error), isinstance(error, CorruptCheckpointError))
@@ -106,9 +116,11 @@ class Loading(Generic[Read]):
 
         Raises:
             CorruptCheckpointError: it is damaged, for whichever rank.
+            CheckpointNotFoundError: it, or an older one that has what it lacks, does not exist.
         """
-        self._agree(lambda votes: _Word("read", step))
-        self._try(step)
+        stale = self._sources(step)
+        self._agree(lambda votes: _Word("read", step, stale=stale))
+        self._try(step, stale)
         try:
             word = self._agree(lambda votes: _judged(votes, step))
         except Exception as error:
@@ -129,7 +141,7 @@ class Loading(Generic[Read]):
                 raise
             self._vote = _Vote()
             if word.what == "read":
-                self._try(word.step)
+                self._try(word.step, word.stale)
             elif word.what == "end":
                 return word
 

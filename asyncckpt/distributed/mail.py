@@ -24,16 +24,21 @@ _GOODBYE = 5.0
 
 
 class Word(msgspec.Struct, frozen=True):
-    """Of the save under `attempt`: its sender is ready (`ready`), it is decided (`decided`), or it is `failed`."""
+    """Of the save under `attempt`: its sender is ready (`ready`), it is committed (`decided`), or it is `failed`.
+
+    Or of a notice to leave, and why: see `notices`.
+    """
 
     sender: int
     what: str
-    attempt: str
+    attempt: str = ""
     fault: Fault | None = None
+    number: int = 0
+    reason: str = ""
 
 
 class Mail:
-    """`hear` is called, by a thread of this, with every word that comes."""
+    """`hear` is called, by a thread of this, with every word that comes from `start` on."""
 
     def __init__(self, group: Group, hear: Callable[[Word], None]) -> None:
         self._group, self._hear = group, hear
@@ -43,6 +48,8 @@ class Mail:
             threading.Thread(target=work, args=(group.connection(),), name=f"asyncckpt-{name}", daemon=True)
             for name, work in (("ring", self._send_all), ("hear", self._hear_all))
         ]
+
+    def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
@@ -53,7 +60,7 @@ class Mail:
     def close(self) -> None:
         """Send what is to be sent, and hear no more."""
         self._closed = True
-        self.send(self._group.rank, Word(self._group.rank, "bye", ""))
+        self.send(self._group.rank, Word(self._group.rank, "bye"))
         self._outgoing.put(None)
         for thread in self._threads:
             thread.join(_GOODBYE)

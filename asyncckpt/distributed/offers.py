@@ -1,4 +1,4 @@
-"""What the rounds of a save exchange."""
+"""What the rounds of a save, and whether to save, exchange."""
 
 from __future__ import annotations
 
@@ -66,3 +66,14 @@ class Verdict(msgspec.Struct, frozen=True):
     owned: list[list[int]] | None = None
     same: list[str] = []
     assigned: dict[str, dict[str, int]] = {}
+
+
+class Move(msgspec.Struct, frozen=True):
+    """What a call of `maybe_save` does: whether it saves, which `parts` (None: as its caller says), and whether
+    `again`, over what was saved just now. `parting`: it is the call in which all save because of a notice to leave.
+    """
+
+    save: bool
+    parts: list[str] | None = None
+    again: bool = False
+    parting: bool = False

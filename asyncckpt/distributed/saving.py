@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 from asyncckpt.distributed.council import Council, LateRankError
 from asyncckpt.distributed.decide import Decider
-from asyncckpt.distributed.mail import Mail, Word
+from asyncckpt.distributed.mail import Word
 from asyncckpt.distributed.offers import Item, Offer, Verdict
 from asyncckpt.distributed.share import Sharer
 from asyncckpt.errors import CheckpointError, RankError, TornSnapshotError
@@ -38,7 +38,7 @@ class Session(Protocol):
     def failed(self, handle: Any, error: BaseException) -> None: ...
     def reserve(self, step: int, attempt: str) -> None: ...
     def release(self, step: int, attempt: str) -> None: ...
-    def look(self, attempt: str) -> None: ...
+    def look(self, attempt: str, committed: bool) -> None: ...
     def abort(self, attempt: str, error: CheckpointError) -> None: ...
     def tell(self, attempt: str) -> None: ...
     def rewind(self, step: int) -> None: ...
@@ -60,15 +60,15 @@ class Agreed:
 class Saves:
     """The saves of this rank among those of the others."""
 
-    def __init__(self, council: Council, session: Session) -> None:
-        self._council, self._session = council, session
+    def __init__(self, council: Council, session: Session, send: Callable[[int, Word], None]) -> None:
+        """`send` is the mail's; `hear` is to be called with what it brings."""
+        self._council, self._session, self._send = council, session, send
         self._rank = council.group.rank
         self._sharer, self._decider = Sharer(self._rank), Decider()
         self._lock = threading.Lock()
         self._handles: dict[str, Handle] = {}
         self._aborted: dict[str, CheckpointError] = {}
         """Those that another rank has failed at, and that may not be known here yet, or not any more."""
-        self._mail = Mail(council.group, self._hear)
 
     def agree(
         self,
@@ -161,7 +161,7 @@ class Saves:
     def ready(self, attempt: str) -> None:
         """This rank is prepared."""
         if self._rank:
-            self._mail.send(0, Word(self._rank, "ready", attempt))
+            self._send(0, Word(self._rank, "ready", attempt))
 
     def ended(self, handle: Handle) -> None:
         """Tell the other ranks how a save has ended here. From rank 0 it is final; from others failures matter."""
@@ -173,13 +173,14 @@ class Saves:
         word = Word(self._rank, "decided" if handle.outcome == "committed" else "failed", attempt, fault)
         if self._rank == 0:
             for rank in self._council.group.others:
-                self._mail.send(rank, word)
+                self._send(rank, word)
         elif word.what == "failed":
-            self._mail.send(0, word)
+            self._send(0, word)
 
-    def _hear(self, word: Word) -> None:
+    def hear(self, word: Word) -> None:
+        """A word of a save has come."""
         if word.what in ("ready", "decided"):
-            self._session.look(word.attempt)
+            self._session.look(word.attempt, committed=word.what == "decided")
             return
         error = _from(word)
         with self._lock:
@@ -187,9 +188,6 @@ class Saves:
             while len(self._aborted) > _REMEMBERED:
                 del self._aborted[next(iter(self._aborted))]
         self._session.abort(word.attempt, error)
-
-    def close(self) -> None:
-        self._mail.close()
 
 
 def _fault(error: BaseException) -> Fault:

@@ -45,11 +45,11 @@ class Sharer:
         items: list[Item] = []
         samples, loose = {}, {}
         for name, part in what.parts.items():
-            known = self._items.get(part)
+            known, value = self._items.get(part), state[what.exports.get(name, name)]
             if known is None:
-                known = self._items[part] = _items(name, part.plan, state[name])
+                known = self._items[part] = _items(name, part.plan, value)
             items += [item for _, item in known]
-            if _alike(state[name]):
+            if _alike(value):
                 samples[name] = _sample(part.plan, [i for i, item in known if not item.lowest])
             else:
                 found = {part.plan.specs[i].name: _loose(source) for i, source in _loose_sources(part.plan)}

@@ -110,6 +110,8 @@ def test_words_are_heard_by_those_they_are_for(store):
             changed.notify_all()
 
     mails = [Mail(Group(r, 3, store, "test"), lambda word, r=r: hear(r, word)) for r in range(3)]
+    for mail in mails:
+        mail.start()
     for _ in range(5):
         for rank in (1, 2):
             mails[rank].send(0, Word(rank, "ready", "x"))

@@ -6,6 +6,7 @@ rank comes with a connection of its own, says its rank, and answers commands, on
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import asyncckpt
+from asyncckpt import signals
 from asyncckpt.testing import FaultyPosix
 from asyncckpt.write import client
 
@@ -44,6 +47,34 @@ class Own:
         assert torch.equal(state["values"], torch.full((7,), float(1000 * state["rank"] + state["step"])))
         assert torch.equal(state["alike"], torch.full((5,), float(state["step"])))
         self.rank, self.step = state["rank"], state["step"]
+
+
+class Whim:
+    """A cadence that no two ranks share: this rank would save these steps."""
+
+    def __init__(self, steps: list[int]) -> None:
+        self._steps = steps
+
+    def due(self, moment: Any) -> bool:
+        return moment.step in self._steps
+
+
+def clock(about: dict[str, Any]) -> Any:
+    return Whim(about["whim"]) if "whim" in about else asyncckpt.Every(**about)
+
+
+def made(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the Checkpointer takes them, of what JSON can say of them."""
+    found = dict(options)
+    if "cadence" in found:
+        found["cadence"] = clock(found["cadence"])
+    if "parts" in found:
+        found["parts"] = {name: clock(about) for name, about in found["parts"].items()}
+    if "preempt" in found:
+        found["preempt"] = asyncckpt.Preemption(signals=(signal.SIGTERM,), **found["preempt"])
+    if "keep" in found:
+        found["keep"] = asyncckpt.Keep(**found["keep"])
+    return found
 
 
 class Rank:
@@ -97,12 +128,15 @@ class Rank:
         writer = self.options.pop("command", None)
         if writer is not None:
             client.COMMAND = writer
-        self.checkpointer = asyncckpt.Checkpointer(self.root, **self.options, **options, _posix=self.posix)
+        self.checkpointer = asyncckpt.Checkpointer(self.root, **made(self.options | options), _posix=self.posix)
 
     def fault(self, **fault: Any) -> None:
         """Plan a fault; calls are counted from now on. (Its writer must be a thread.)"""
         self.posix.heal()
         plan(self.posix, **fault)
+
+    def heal(self) -> None:
+        self.posix.heal()
 
     def train(self) -> None:
         self.optimizer.zero_grad()
@@ -122,6 +156,58 @@ class Rank:
     def save(self, step: int, **options: Any) -> None:
         self.own.step = step
         self.handles[step] = self.checkpointer.save(step, self.state, **options)
+
+    def maybe_save(self, step: int, **options: Any) -> bool:
+        self.own.step = step
+        handle = self.checkpointer.maybe_save(step, self.state, **options)
+        if handle is not None:
+            self.handles[step] = handle
+        return handle is not None
+
+    def loop(self, steps: int, start: int = 1, signal_at: list[int | None] | None = None) -> list[Any]:
+        """Train until preempted, or for all `steps`; rank K gets a signal before the step `signal_at[K]`.
+
+        Returns the last step, whether preempted, and which steps were saved.
+        """
+        saved = []
+        for step in range(start, start + steps):
+            if signal_at and signal_at[self.rank] == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.train()
+            if self.maybe_save(step):
+                saved.append(step)
+            if self.checkpointer.preempted:
+                break
+        return [step, self.checkpointer.preempted, saved]
+
+    def loop_alone(self, start: int) -> list[Any]:
+        """`loop`, for ever, without collectives."""
+        step, saved = start, []
+        while not self.checkpointer.preempted:
+            if self.maybe_save(step):
+                saved.append(step)
+            step += 1
+        return [step, self.checkpointer.preempted, saved]
+
+    def notice(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def sit(self, step: int) -> None:
+        """Save, and stay in a C call for ever while the snapshot is copied, which goes on when a notice has come."""
+        signals._ECHO = 0.0
+        may_copy, locked = threading.Event(), ctypes.create_string_buffer(64)
+        self.checkpointer._snapshotter.pool.submit(may_copy.wait)
+        self.save(step)
+
+        def witness() -> None:
+            while not self.checkpointer._company._notices.first[0]:
+                time.sleep(0.002)
+            may_copy.set()
+
+        threading.Thread(target=witness, daemon=True).start()
+        libc = ctypes.CDLL(None)
+        libc.pthread_mutex_lock(locked)
+        libc.pthread_mutex_lock(locked)  # never returns
 
     def outcome(self, step: int) -> list[str]:
         """How a save has ended: its outcome, and what its error says."""
