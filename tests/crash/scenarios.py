@@ -149,8 +149,7 @@ SCENARIOS = {
     "ranks_deleting": Scenario(deleting, world=3),
 }
 if float(os.environ.get("ASYNCCKPT_TORTURE", "1")) > 1:  # it takes a minute even in its short form
-    differences = SCENARIOS["differences"]
-    SCENARIOS["ranks_differences"] = replace(differences, world=2)
+    SCENARIOS["ranks_differences"] = replace(SCENARIOS["differences"], world=2)
 
 
 def resume(open_: Open, step: int = 90) -> None:
