@@ -91,5 +91,5 @@ def test_where_a_rank_makes_no_more_calls_nobody_waits_for_it(gone, monkeypatch)
     for seed in range(5):
         found = ends(3, seed, gone=[gone])
         told = {end[1] for rank, end in enumerate(found) if end is not None and rank != gone}
-        assert told <= {"leave"} or "save" in told and len(set(found)) <= 2, found
+        assert told <= {"leave"} or ("save" in told and len(set(found)) <= 2), found
     assert time.monotonic() - begun < 15
