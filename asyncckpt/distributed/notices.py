@@ -36,6 +36,8 @@ class Notices:
         """Whether the last call counted is one that is only asked about yet."""
         self._reason, self._at = "", 0.0
         """Of the first notice, on whichever rank, and when it was heard of."""
+        self._given = False
+        """Whether this rank has got one itself."""
         self._hear: Callable[[str], None] | None = None
         self._heard = False
         self._bound = False
@@ -59,6 +61,7 @@ class Notices:
 
     def given(self, reason: str) -> None:
         """This rank has got a notice."""
+        self._given = True
         self._note(reason)
         word = Word(self._group.rank, "notice", reason=f"{reason} at rank {self._group.rank}")
         if self._group.rank:
@@ -112,7 +115,7 @@ class Notices:
     def _deed(self) -> Deed:
         if self._answered:
             return "go on"
-        if not self._decided():
+        if not self._decided() or self._unheard():
             log.error(
                 "notice of a preemption (%s): the ranks did not agree within %g s on a step to save. Is one of them "
                 "dead or stopped? Nothing is saved for it.",
@@ -130,6 +133,10 @@ class Notices:
                 self._reason,
             )
         return "leave"
+
+    def _unheard(self) -> bool:
+        """Whether rank 0 has not asked for so long after this rank got a notice that it will not."""
+        return self._given and not self._bound and time.monotonic() - self._at > self._patience
 
     # On whatever thread
 

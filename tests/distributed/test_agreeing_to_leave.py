@@ -93,3 +93,16 @@ def test_where_a_rank_makes_no_more_calls_nobody_waits_for_it(gone, monkeypatch)
         told = {end[1] for rank, end in enumerate(found) if end is not None and rank != gone}
         assert told <= {"leave"} or ("save" in told and len(set(found)) <= 2), found
     assert time.monotonic() - begun < 15
+
+
+def test_a_notice_that_rank_0_does_not_hear_holds_nobody_and_is_answered_by_leaving():
+    """Rank 0 is dead, or stopped: the rank goes on for as long as it would have waited, and leaves then."""
+    alone = Notices(Group(1, 2, None, ""), 0.2, lambda to, word: None)
+    assert alone.call() == "go on"
+    alone.given("SIGTERM")
+    begun, calls = time.monotonic(), 0
+    while alone.call() == "go on":
+        calls += 1
+        assert time.monotonic() - begun < 20
+    assert calls > 1 and time.monotonic() - begun > 0.2
+    assert alone.call() == "go on", "it is said once"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from support.checkpoints import flip, image_of
@@ -14,6 +17,7 @@ from support.numbers import weights
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.format import names
+from asyncckpt.format.manifest import FileRecord, digest, encode
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.read.reader import CheckpointReader
@@ -177,3 +181,54 @@ def test_other_codecs(root: Path, codec: Any) -> None:
         saved(driver, 1, 2, 3)
     for step in (1, 2, 3):
         check(root, step, state(step))
+
+
+def forged(root: Path, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what rank 1's record says of the part, and let the manifest vouch for that."""
+    with reader(root, step) as checkpoint:
+        manifest, folder = checkpoint.manifest, next((root / names.step_name(step)).glob("*/"))
+    name = names.rank_record(1)
+    record = msgspec.json.decode((folder / name).read_bytes())
+    del record["sha256"]
+    change(record["parts"]["model"])
+    body = msgspec.json.encode(record)[:-1]
+    data = body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+    (folder / name).write_bytes(data)
+    files = {**manifest.files, name: FileRecord(len(data), digest(data))}
+    (folder.parent / names.MANIFEST).write_bytes(encode(msgspec.structs.replace(manifest, files=files)))
+
+
+def of_another_rank(about: dict[str, Any]) -> None:
+    about["files"][0][0] = about["files"][0][0].replace("rank-00001", "rank-00000")
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "a file of another rank": of_another_rank,
+    "a file of no rank": lambda about: about["files"][0].__setitem__(0, f"model.{'0' * 12}.coded"),
+    "a file outside": lambda about: about["files"][0].__setitem__(0, "../x.rank-00001.0123456789ab.coded"),
+    "a file that is not there": lambda about: about["coded"][0][0].__setitem__(3, 9),
+    "beyond the end": lambda about: about["coded"][0][0].__setitem__(4, 1 << 40),
+    "a terabyte": lambda about: about.update(size=1 << 40),
+    "a chunk too few": lambda about: about["coded"].pop(),
+    "an image as well": lambda about: about.update(file="model.rank-00001.safetensors"),
+    "a shard of more than there is": lambda about: about["shards"].update(
+        w=["F32", [1 << 30, 1 << 30], [0, 0], [1 << 30, 1 << 30]]
+    ),
+}
+
+
+def test_records_that_contradict_themselves_are_refused(root: Path) -> None:
+    with RanksDriver(str(root), codec=DELTA) as driver:
+        saved(driver, 1, 2)
+    shutil.copytree(root, root.with_name("as it was"))
+    for what, change in FORGERIES.items():
+        shutil.rmtree(root)
+        shutil.copytree(root.with_name("as it was"), root)
+        forged(root, 2, change)
+        with pytest.raises(CorruptCheckpointError):
+            check(root, 2, state(2))
+            pytest.fail(f"{what} was taken")
+    shutil.rmtree(root)
+    shutil.copytree(root.with_name("as it was"), root)
+    forged(root, 2, lambda about: None)
+    check(root, 2, state(2))
