@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from asyncckpt.policy.auto import Auto
 from asyncckpt.policy.cadence import Cadence
 from asyncckpt.policy.codec import NAMES
 from asyncckpt.policy.keep import Keep
+from asyncckpt.storage.urls import StorageOptions, check_url, is_url
+from asyncckpt.write.messages import MirrorTo
 
 
 def checked_parts(state: Mapping[str, Any], parts: Iterable[str] | None) -> list[str] | None:
@@ -111,3 +114,37 @@ def check_keep(keep: object) -> None:
         raise TypeError(
             f"keep={keep!r}: give asyncckpt.Keep(last=3), or a function from records to the steps that may go"
         )
+
+
+def checked_mirror(
+    directory: str | os.PathLike[str],
+    mirror: str | os.PathLike[str] | None,
+    keep: object,
+    bandwidth: float | None,
+    required: object,
+    timeout: float,
+    options: Mapping[str, Any] | None,
+) -> MirrorTo | None:
+    """What the writer is told of the mirror; None without one."""
+    if mirror is None:
+        if keep is not None or bandwidth is not None or required or options:
+            raise ValueError(
+                "mirror_keep=, mirror_bandwidth=, mirror_required= and mirror_options= are of a mirror: "
+                "give mirror=, too"
+            )
+        return None
+    if keep is not None and not isinstance(keep, Keep):
+        raise TypeError(f"mirror_keep={keep!r}: give asyncckpt.Keep(last=3); a function can't be had there")
+    if bandwidth is not None and not (isinstance(bandwidth, int | float) and bandwidth > 0):
+        raise ValueError(f"mirror_bandwidth={bandwidth!r}: give bytes per second, more than 0")
+    check_choice("mirror_required", required, (True, False))
+    if not timeout > 0:
+        raise ValueError(f"mirror_timeout={timeout!r}: give seconds, more than 0")
+    url, here = os.fspath(mirror), os.fspath(directory)
+    if is_url(here) and not here.startswith("file:"):
+        raise ValueError(f"mirror={url}: only a run in a directory is mirrored; {check_url(here)} is none")
+    if not is_url(url):
+        url = os.path.abspath(url)
+        if url == os.path.abspath(os.fspath(directory)):
+            raise ValueError(f"mirror={url}: this is the directory that is to be mirrored; give another")
+    return MirrorTo(url, keep, bandwidth, required is True, timeout, StorageOptions.of(options))

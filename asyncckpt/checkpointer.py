@@ -20,7 +20,7 @@ from asyncckpt import arguments, progress, signals
 from asyncckpt.company import Request, company
 from asyncckpt.distributed.offers import Move
 from asyncckpt.errors import CheckpointError, StorageError, TornSnapshotError
-from asyncckpt.fetching import Wish
+from asyncckpt.fetching import Loaded, Wish
 from asyncckpt.handle import SaveHandle
 from asyncckpt.link import Options
 from asyncckpt.policy.auto import Auto
@@ -74,6 +74,15 @@ class Checkpointer:
             it raises, or this process is gone, nothing is deleted; its error counts as that of a failed save.
         export: parts that are saved once more, with their floating tensors cast: {"model": "bf16"} (or "fp16", "fp32")
             adds a part "model-bf16", to be read by `load` or from its file. `restore` never takes it.
+        mirror: a second place, such as s3://bucket/run or a directory on a file server, to which what is committed is
+            copied in the background; no save waits for it. `restore` takes from it what is newer there, or here absent
+            or damaged.
+        mirror_keep: which checkpoints stay there; without it, all. Steps that it would not keep are not copied.
+        mirror_bandwidth: the most bytes a second that are sent there.
+        mirror_required: no policy deletes a step here before it is mirrored.
+        mirror_timeout: seconds without any success after which whoever waits for the mirror is told so; a close of the
+            Checkpointer, which waits until all is mirrored, too.
+        mirror_options: `storage_options` of a mirror that is a URL.
         max_in_flight: snapshots that may be staged and not yet committed; each takes the size of the state in memory.
         when_full: what `save` does when there are that many: "wait" for a place, "skip" this save, "replace" the
             newest that waits for the writer, "raise" `QueueFullError`.
@@ -122,6 +131,12 @@ class Checkpointer:
         preempt: Preemption | None = None,
         keep: Keep | Policy | None = None,
         export: Mapping[str, str] | None = None,
+        mirror: Directory | None = None,
+        mirror_keep: Keep | None = None,
+        mirror_bandwidth: float | None = None,
+        mirror_required: bool = False,
+        mirror_timeout: float = 600.0,
+        mirror_options: Mapping[str, Any] | None = None,
         max_in_flight: int = 2,
         when_full: WhenFull = "wait",
         writer: Literal["process", "thread"] = "process",
@@ -147,6 +162,9 @@ class Checkpointer:
         arguments.check_cadence(cadence)
         clocks = arguments.checked_clocks(parts or {})
         exports = arguments.checked_export(export or {})
+        mirroring = arguments.checked_mirror(
+            directory, mirror, mirror_keep, mirror_bandwidth, mirror_required, mirror_timeout, mirror_options
+        )
         if preempt is not None and not isinstance(preempt, Preemption):
             raise TypeError(f"preempt={preempt!r}: give asyncckpt.Preemption()")
         arguments.check_keep(keep)
@@ -157,10 +175,10 @@ class Checkpointer:
         if not rank_timeout > 0:
             raise ValueError(f"rank_timeout={rank_timeout!r}: give seconds, more than 0")
         self._when_full, self._on_error = when_full, on_error
-        self._run = Run(directory, storage_options)
+        self._run = Run(directory, storage_options, mirror, mirror_options)
         self._pid = os.getpid()
         self._closed = False
-        alone = in_this_process_only(self._run.storage.url)
+        alone = any(in_this_process_only(s.url) for s in (self._run.storage, self._run.mirror) if s is not None)
         process = writer == "process" and hasattr(os, "memfd_create") and not alone
         self._company = company(
             self._run,
@@ -170,6 +188,7 @@ class Checkpointer:
             clocks=clocks,
             preempt=preempt,
             when_full=when_full,
+            mirrored=mirror is not None,
         )
         options = Options(
             self._run.storage.url,
@@ -179,6 +198,7 @@ class Checkpointer:
             check_finite=check_finite,
             codec=Codec(codec, max_chain, codec_cores),
             rank=self._company.rank,
+            mirror=mirroring,
             posix=_posix,
             storage=self._run.options,
         )
@@ -393,19 +413,34 @@ class Checkpointer:
         self._check_usable()
         self._session.join_copies()
 
-    def wait_until_flushed(self, timeout: float | None = None) -> None:
+    def wait_until_flushed(self, timeout: float | None = None, *, tier: Literal["local", "mirror"] = "local") -> None:
         """Return when every save not skipped or replaced is committed. Shows progress on a terminal.
 
+        With `tier="mirror"`, when all that is committed is on the mirror, too, or was passed over for its retention.
+
         Raises:
-            CheckpointError: a save failed that nobody was told of yet: the oldest, the others in its notes.
-            TimeoutError: saves are still in flight after `timeout` seconds.
+            CheckpointError: a save failed that nobody was told of yet: the oldest, the others in its notes. Of the
+                mirror: it fails, for good or for `mirror_timeout` seconds; or a step was damaged before its turn came.
+            TimeoutError: saves are still in flight, or not mirrored, after `timeout` seconds.
         """
         self._check_usable()
+        arguments.check_choice("tier", tier, ("local", "mirror"))
+        begun = time.monotonic()
         with progress.bar(self._session.progress) as update:
             drained = self._session.drain(timeout, update)
         if not drained:
             raise TimeoutError(f"{self._in_flight_text()} still in flight after {timeout:g} s")
         self._raise_failures()
+        if tier == "mirror":
+            if self._run.mirror is None:
+                raise ValueError('tier="mirror": the Checkpointer was given no mirror=')
+            left = None if timeout is None else max(0.0, begun + timeout - time.monotonic())
+            self._company.once("the mirror to have all", lambda: self._flush_mirror(left))
+
+    def _flush_mirror(self, timeout: float | None) -> None:
+        mirror = self._session.mirror
+        mirror.wait(timeout=timeout)
+        _raise_first(mirror.failures())
 
     # Restoring
 
@@ -451,7 +486,7 @@ class Checkpointer:
             return None
         loaded = filling.loaded
         self._taken.restored(loaded, whole=parts is None)
-        if parts is None and self._company.rank == 0:
+        if parts is None and self._company.rank == 0 and self._was_read_here(loaded):
             self._session.trust(loaded.step)
         filling()
         self._schedule.restored(loaded.parts.keys() - loaded.stale.keys(), loaded.stale)
@@ -493,16 +528,19 @@ class Checkpointer:
         """Durably add `metrics` to those of a committed step: see `Run.annotate`, which other processes may use."""
         self._check_usable()
         self._run.annotate(step, metrics)
+        self._session.noted()
 
     def pin(self, step: int) -> None:
         """Durably keep a committed step from every policy and from `delete`, until `unpin`: see `Run.pin`."""
         self._check_usable()
         self._run.pin(step)
+        self._session.noted()
 
     def unpin(self, step: int) -> None:
         """Take back `pin`."""
         self._check_usable()
         self._run.unpin(step)
+        self._session.noted()
 
     def records(self) -> list[Record]:
         """What is known of every committed checkpoint, oldest first: see `Run.records`."""
@@ -537,21 +575,25 @@ class Checkpointer:
             direct_io=tally.direct_io,
             writer="process" if session.options.process else "thread",
             writer_pid=session.writer_pid,
+            mirror=session.mirror.stats,
         )
 
     # Leaving
 
     def close(self) -> None:
-        """Wait until every save is over, end the writer, and give up the run. A second call does nothing.
+        """Wait until every save is over, and mirrored if there is a mirror; end the writer, and give up the run.
+
+        A second call does nothing. What the mirror lacks, the next Checkpointer of this run goes on with.
 
         Raises:
-            CheckpointError: a save failed that nobody was told of yet.
+            CheckpointError: a save failed that nobody was told of yet; or the mirror fails: see `wait_until_flushed`.
         """
         if self._closed:
             return
         self._check_usable()
         try:
             self.wait_until_flushed()
+            self._flush_mirror(None)
         finally:
             self._end()
         self._raise_failures()  # of the policy, after the last commit
@@ -598,6 +640,10 @@ class Checkpointer:
                 print(f"asyncckpt: {self!r}: {self._in_flight_text()} not committed at exit", file=sys.stderr)
             for error in self._session.failures(take=True):
                 print(f"asyncckpt: {self!r}: {error}", file=sys.stderr)
+            try:
+                self._flush_mirror(_EXIT_PATIENCE)
+            except (CheckpointError, OSError) as error:
+                print(f"asyncckpt: {self!r}: {error}", file=sys.stderr)
         finally:
             self._end()
 
@@ -628,11 +674,11 @@ class Checkpointer:
         return []
 
     def _raise_failures(self) -> None:
-        failed = self._session.failures(take=True)
-        if failed:
-            for other in failed[1:]:
-                failed[0].add_note(f"also: {other}")
-            raise failed[0]
+        _raise_first(self._session.failures(take=True))
+
+    def _was_read_here(self, loaded: Loaded) -> bool:
+        """Whether all of it came from the run itself. Of several ranks, others may have read the mirror's."""
+        return loaded.origin == self._run.storage.url and (self._company.alone or self._run.mirror is None)
 
     def _notice(self) -> Notice | None:
         """The one that is to be answered, of this process or of all ranks."""
@@ -705,6 +751,13 @@ class Checkpointer:
         self._company.ended(handle)
         if handle is self._newest:
             self._schedule.meter.save_ends(committed=handle.outcome == "committed")
+
+
+def _raise_first(failed: list[BaseException]) -> None:
+    if failed:
+        for other in failed[1:]:
+            failed[0].add_note(f"also: {other}")
+        raise failed[0]
 
 
 @atexit.register

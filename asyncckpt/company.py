@@ -53,6 +53,7 @@ class Company:
     """A process alone. `rank` is that of this process."""
 
     rank = 0
+    alone = True
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -142,6 +143,8 @@ class Company:
 
 class Together(Company):
     """One of several ranks: what it does it does when all have come to it, or within `patience` seconds not at all."""
+
+    alone = False
 
     def __init__(
         self,
@@ -292,15 +295,18 @@ def company(
     clocks: Mapping[str, object],
     preempt: Preemption | None,
     when_full: str,
+    mirrored: bool,
 ) -> Company:
     """Of the ranks of torch's default process group, where there is one of several; else of this process alone.
 
     Raises:
-        NotSupportedError: `when_full` is something that several ranks can't have.
+        NotSupportedError: `when_full` is something that several ranks can't have, or they are to be mirrored.
     """
     group = Group.default()
     if group is None:
         return Company(run)
+    if mirrored:
+        raise NotSupportedError("mirror= can't be had yet in a job of several ranks; leave it out")
     if when_full not in ("wait", "skip"):
         raise NotSupportedError(f"when_full={when_full!r}: several ranks can 'wait' or 'skip'")
     return Together(

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError
+from asyncckpt.catalog.catalog import OURS, Catalog
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    StateMismatchError,
+    StorageError,
+)
 from asyncckpt.format.manifest import Manifest
 from asyncckpt.policy.stale import source
 from asyncckpt.read.reader import CheckpointReader
@@ -70,7 +77,8 @@ class Loaded:
     """Verified parts of a checkpoint, in memory.
 
     `stale` are those that it lacked, each with the older step that it was taken from. Newer steps were not taken:
-    `passed_over` are damaged, each with the reason; `lacking` have not all that was wanted.
+    `passed_over` are damaged, each with the reason; `lacking` have not all that was wanted. `origin` is the url of the
+    storage that it was read from.
     """
 
     step: int
@@ -78,6 +86,7 @@ class Loaded:
     stale: dict[str, int] = field(default_factory=dict)
     passed_over: dict[int, str] = field(default_factory=dict)
     lacking: tuple[int, ...] = ()
+    origin: str = ""
 
 
 def fetch(
@@ -96,7 +105,7 @@ def fetch(
         CorruptCheckpointError: the step is damaged, or what it takes from an older one; or, without `step`, all are.
         StateMismatchError: `strict`, and the checkpoint has other parts than those wanted.
     """
-    one = one or (lambda step: read(catalog, step, wish, view, sources(catalog, step, wish)))
+    one = one or (lambda step: _read_in_tiers(catalog, step, wish, view))
     if step is not None:
         return one(step)
     lacking: list[int] = []
@@ -116,11 +125,28 @@ def fetch(
         raise _nothing_suits(catalog, wish, lacking[0])
     if found is None:
         return None
-    return Loaded(found.step, found.parts, found.stale, passed_over, tuple(s for s in lacking if s > found.step))
+    return replace(found, passed_over=passed_over, lacking=tuple(s for s in lacking if s > found.step))
 
 
 class _NothingOlder(CheckpointNotFoundError):
     """No older checkpoint has a part that this one lacks."""
+
+
+def _read_in_tiers(catalog: Catalog, step: int, wish: Wish, view: View | None) -> Loaded:
+    """From the best tier that has it undamaged."""
+    failure: CheckpointError | None = None
+    for tier in catalog.tiers(step):
+        try:
+            loaded = read(tier, step, wish, view, sources(tier, step, wish))
+        except (CheckpointNotFoundError, CorruptCheckpointError, StorageError) as error:
+            if isinstance(error, StorageError) and error.errno in OURS:
+                raise
+            failure = failure or error
+            continue
+        if failure is not None:
+            warnings.warn(f"step {step} is read from {tier.storage.url}: {failure}", stacklevel=2)
+        return replace(loaded, origin=tier.storage.url)
+    raise failure or CheckpointNotFoundError(f"no checkpoint of step {step} in {catalog.storage.url}")
 
 
 def sources(catalog: Catalog, step: int, wish: Wish) -> dict[str, int]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
-from asyncckpt.errors import CheckpointError
+from asyncckpt.errors import CheckpointError, NotSupportedError
 
 Outcome = Literal["pending", "committed", "skipped", "replaced", "failed"]
+MirrorOutcome = Literal["none", "pending", "mirrored", "passed over", "failed"]
 Waiting = Callable[[], AbstractContextManager[None]]
 
 
@@ -62,6 +64,14 @@ class SaveHandle:
         """Whether `result` has raised the error: then nothing else raises it again."""
         self.attempt = ""
         """What the save is known by among several ranks."""
+        self.mirror: MirrorOutcome = "none"
+        """What became of it on the mirror, once committed: see `wait_mirrored`."""
+        self.mirror_error: BaseException | None = None
+        """Why it can't be mirrored."""
+        self.mirror_told = False
+        """Whether `wait_mirrored` has raised that."""
+        self.wait_for_mirror: Callable[[float | None], None] | None = None
+        """Return when `mirror` is not pending any more; raises where that is not to be expected."""
         self._waiting = waiting
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -101,6 +111,38 @@ class SaveHandle:
             self.told = True
             raise self.error
         return self.outcome
+
+    def wait_mirrored(self, timeout: float | None = None) -> MirrorOutcome:
+        """Wait until the save is committed on the mirror, too, and return what became of it there:
+
+            mirrored     committed there
+            passed over  not copied: the mirror's retention would not keep it, or it was saved again or is gone
+            none         it was not committed here: `outcome` tells
+
+        Raises:
+            CheckpointError: the save failed, the very error; or its bytes were damaged before their turn came; or the
+                mirror fails for good, or for `mirror_timeout` seconds. (It is tried further, and a later call may find
+                it mirrored.)
+            NotSupportedError: there is no mirror, or it is that of rank 0.
+            TimeoutError: it is still pending after `timeout` seconds.
+        """
+        begun = time.monotonic()
+        if self.result(timeout) != "committed":
+            return "none"
+        if self.wait_for_mirror is None:
+            raise NotSupportedError(
+                "this save has no mirror: give the Checkpointer mirror=; of several ranks ask rank 0"
+            )
+        if self.mirror == "pending":
+            try:
+                self.wait_for_mirror(None if timeout is None else max(0.0, begun + timeout - time.monotonic()))
+            except CheckpointError:
+                if self.mirror == "pending":
+                    raise
+        if self.mirror_error is not None:
+            self.mirror_told = True
+            raise self.mirror_error
+        return self.mirror
 
     def add_done_callback(self, callback: Callable[[SaveHandle], None]) -> None:
         """Call `callback(handle)` at the end, on a thread of the library: it must be quick. At once if it has ended."""

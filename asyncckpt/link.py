@@ -26,6 +26,7 @@ _GOODBYE = 60.0
 """Seconds that `close` waits for the end of a writer that has nothing left to do."""
 
 OfSave = m.Progress | m.Ready | m.Committed | m.Failed | m.Dropped
+OfMirror = m.Mirrored | m.MirrorState
 
 
 class Patience:
@@ -57,6 +58,7 @@ class Options:
     codec: Codec = field(default_factory=Codec)
     direct: bool = True
     rank: int = 0
+    mirror: m.MirrorTo | None = None
     posix: Posix | None = None
     storage: StorageOptions = field(default_factory=StorageOptions)
 
@@ -64,8 +66,9 @@ class Options:
 class Link:
     """At most one writer at a time. `changed` guards the tables and is notified of what happens.
 
-    `on_reply` gets what a writer says of saves, `on_ask` the writer and what it asks of the policy, `on_death` the
-    reason when one that had been opened has ended; they are called from a thread of the writer's.
+    `on_reply` gets what a writer says of saves, `on_mirror` what of the mirror, `on_ask` the writer and what it asks of
+    the policy, `on_death` the reason when one that had been opened has ended; they are called from a thread of the
+    writer's.
     """
 
     def __init__(
@@ -75,9 +78,10 @@ class Link:
         on_reply: Callable[[OfSave], None],
         on_ask: Callable[[Writer, m.Ask], None],
         on_death: Callable[[str], None],
+        on_mirror: Callable[[OfMirror], None],
     ) -> None:
         self._options, self._changed = options, changed
-        self._on_reply, self._on_ask, self._on_death = on_reply, on_ask, on_death
+        self._on_reply, self._on_ask, self._on_death, self._on_mirror = on_reply, on_ask, on_death, on_mirror
         self._writer: Writer | None = None
         self._hurry = False
         self._calls = itertools.count(1)
@@ -104,7 +108,7 @@ class Link:
         options = self._options
         keep = options.keep if isinstance(options.keep, Keep) else None
         asks = options.keep is not None and keep is None
-        told = options.direct, asks, options.check_finite, options.codec, options.rank, options.storage
+        told = options.direct, asks, options.check_finite, options.codec, options.rank, options.storage, options.mirror
         writer.send(m.Open(options.root, options.lock_timeout, keep, *told))
         start.wait(Patience("the writer to own the run, if no other does", options.root))
         with self._changed:
@@ -127,14 +131,18 @@ class Link:
             self._hurry = on
             self.send(m.Hurry(on))
 
-    def call(self, make: Callable[[int], m.OfRun]) -> None:
+    def call(
+        self, make: Callable[[int], m.OfRun], patience: Patience | None = None, timeout: float | None = None
+    ) -> None:
         """Send `make(number)` and wait for the answer.
 
         Raises:
             CheckpointError: what the writer answered.
+            TimeoutError: it has not, after `timeout` seconds.
         """
         writer, call = self.ensure(), next(self._calls)
-        patience = Patience("the writer to delete or rewind", self._options.root)
+        patience = patience or Patience("the writer to delete or rewind", self._options.root)
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         with self._changed:
             self._answers[call] = None
             writer.send(make(call))
@@ -142,7 +150,11 @@ class Link:
                 if writer is not self._writer:
                     answer = m.Done(call, m.Fault("StorageError", "the writer ended before it answered"))
                     break
-                patience.wait(self._changed)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    del self._answers[call]
+                    raise TimeoutError(f"the writer has not answered after {timeout:g} s")
+                patience.wait(self._changed, left)
             del self._answers[call]
         if answer.fault is not None:
             raise answer.fault.error()
@@ -165,6 +177,8 @@ class Link:
                         self._changed.notify_all()
             case m.Ask() if start.writer is not None:
                 self._on_ask(start.writer, reply)
+            case m.Mirrored() | m.MirrorState():
+                self._on_mirror(reply)
             case m.Progress() | m.Ready() | m.Committed() | m.Failed() | m.Dropped():
                 self._on_reply(reply)
 

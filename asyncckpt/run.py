@@ -21,9 +21,11 @@ from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.snapshot.apply import Mismatch, Rename, all_or_none, apply, fit, rename_keys
 from asyncckpt.snapshot.rng import RngState
 from asyncckpt.snapshot.view import View
+from asyncckpt.storage.base import Storage
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.urls import StorageOptions
+from asyncckpt.tiers import Tiers
 
 Directory = str | os.PathLike[str]
 """Or a URL: s3://bucket/run, gs://, az://, file://, memory://."""
@@ -31,23 +33,37 @@ Directory = str | os.PathLike[str]
 
 class Run:
     """The checkpoints below `directory`, which may be a URL. Every call looks anew; only `annotate`, `pin` and `unpin`
-    write. `storage_options` are for URLs: see `Checkpointer`."""
+    write. `storage_options` and `mirror_options` are for URLs: see `Checkpointer`.
 
-    def __init__(self, directory: Directory, storage_options: Mapping[str, Any] | None = None) -> None:
+    With a `mirror`, those of that are among what there is, and is loaded and restored; all else is of `directory`.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        storage_options: Mapping[str, Any] | None = None,
+        mirror: Directory | None = None,
+        mirror_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.options = StorageOptions.of(storage_options)
         self.storage = open_storage(check_directory(directory), self.options)
         self._catalog = Catalog(self.storage)
+        self.mirror: Storage | None = None
+        if mirror is not None:
+            self.mirror = open_storage(check_directory(mirror), StorageOptions.of(mirror_options))
+        self._tiers = self._catalog if self.mirror is None else Tiers(self.storage, self.mirror)
 
     def __repr__(self) -> str:
         return f"Run({self.storage.url!r})"
 
     @property
     def catalog(self) -> Catalog:
-        return self._catalog
+        """All that there is to read."""
+        return self._tiers
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first, without those of branches that were left by `rewind`."""
-        return self._catalog.candidates()[::-1]
+        return self._tiers.candidates()[::-1]
 
     def records(self) -> list[Record]:
         """What is known of every committed checkpoint, oldest first: damaged ones and those of branches that were left
@@ -56,15 +72,15 @@ class Run:
 
     def latest(self) -> int | None:
         """The newest of `steps()`; None where nothing is committed. Its bytes have not been verified."""
-        return max(self._catalog.candidates(), default=None)
+        return max(self._tiers.candidates(), default=None)
 
     def exists(self, step: int) -> bool:
         """Whether `step` is committed, on a branch that was left or not."""
-        return self._catalog.exists(step)
+        return self._tiers.exists(step)
 
     def taken(self) -> list[int]:
         """Steps of which there is anything at all, committed or left over."""
-        return self._catalog.folders()
+        return self._tiers.folders()
 
     def path(self, step: int) -> Path | str:
         """The folder with the files of `step`, such as `path(step) / "model.safetensors"`; of a URL, its URL as text.
@@ -115,7 +131,7 @@ class Run:
     def is_pinned(self, step: int) -> bool:
         """Whether `step` is pinned, or its notes are damaged, so that it may be."""
         try:
-            found = self._catalog.notes(step)
+            found = self._tiers.notes(step)
         except CorruptCheckpointError:
             return True
         return found is not None and found.pinned
@@ -171,10 +187,10 @@ class Run:
 
     def fetch(self, step: int | None, wish: Wish, view: View | None = None) -> Loaded | None:
         """What is wanted of `step`, or of the newest that has it, read and verified: see `fetching.fetch`."""
-        return fetch(self._catalog, step, wish, view)
+        return fetch(self._tiers, step, wish, view)
 
     def _given_or_latest(self, step: int | None) -> int:
-        step = self.latest() if step is None else step
+        step = max(self._catalog.candidates(), default=None) if step is None else step
         if step is None:
             raise CheckpointNotFoundError(f"no checkpoint in {self.storage.url}")
         return step

@@ -21,6 +21,7 @@ from asyncckpt.advice import advise
 from asyncckpt.errors import CheckpointError, QueueFullError
 from asyncckpt.handle import SaveHandle, Timeline
 from asyncckpt.link import Link, OfSave, Options, Patience
+from asyncckpt.mirrored import MirrorWatch
 from asyncckpt.policy.keep import Keep
 from asyncckpt.snapshot.arena import Arena, ArenaPool
 from asyncckpt.snapshot.describe import Description
@@ -88,7 +89,9 @@ class Session:
         self._nonfinite = ""
         self._faults: list[BaseException] = []
         """What failed in the background and was no save."""
-        self._link = Link(options, self._changed, self._hear, self._asked, self._writer_ended)
+        mirror = options.mirror.url if options.mirror is not None and options.rank == 0 else None
+        self.mirror = MirrorWatch(mirror, self._changed, lambda: self._link)
+        self._link = Link(options, self._changed, self._hear, self._asked, self._writer_ended, self.mirror.hear)
         self._link.ensure()
 
     # The queue
@@ -296,6 +299,7 @@ class Session:
                 case m.Committed():
                     writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size, reply.written)
                     times = Timeline(flight.called, flight.copy_begin, flight.copy_end, *writing)
+                    self.mirror.expect(flight.number, handle)
                     handle.finish("committed", timeline=times)
                     self.tally.direct_io = reply.direct
                     self.tally.codec, self.tally.rates = reply.codec, reply.rates
@@ -323,6 +327,7 @@ class Session:
     def _writer_ended(self, reason: str) -> None:
         with self._changed:
             self._shared.clear()
+            self.mirror.writer_ended(reason)
             flights = [f for f in self._flights.values() if not f.released]
         for flight in flights:
             message = (
@@ -362,6 +367,10 @@ class Session:
 
     def rewind(self, step: int) -> None:
         self._link.call(partial(m.RewindTo, step=step))
+
+    def noted(self) -> None:
+        """Tell the writer that notes of committed steps have changed."""
+        self._link.send(m.Noted())
 
     # Waiting
 

@@ -11,6 +11,24 @@ from asyncckpt.policy.codec import Rates
 
 
 @dataclass(frozen=True, slots=True)
+class MirrorStats:
+    """How the mirror stands, as the writer that runs now has told."""
+
+    step: int | None
+    """The step that was mirrored last."""
+    steps: int
+    """Steps mirrored."""
+    bytes: int
+    """Bytes sent there, those of tries that failed among them."""
+    backlog: int
+    """Committed steps that are not there yet."""
+    passed_over: int
+    """Steps that were not sent: retention there would not keep them, or they were saved again, or are gone."""
+    error: str
+    """What it fails of; empty while it does not fail."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A reading. Times are in seconds, sizes in bytes."""
 
@@ -53,6 +71,8 @@ class Stats:
     """"process" or "thread"."""
     writer_pid: int | None
     """None while no writer runs."""
+    mirror: MirrorStats | None = None
+    """None without a mirror (of several ranks, that of rank 0)."""
 
 
 class Tally:

@@ -33,6 +33,10 @@ class Catalog:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
+    def tiers(self, step: int) -> list[Catalog]:
+        """Where `step` can be read, what is best first."""
+        return [self]
+
     def committed(self) -> list[int]:
         """Steps that have a manifest, oldest first, those of abandoned branches included."""
         return [step for step in self.folders() if self.exists(step)]

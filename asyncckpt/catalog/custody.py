@@ -44,6 +44,8 @@ class Custody:
         self.verified: set[int] = set()
         self.active: set[str] = set()
         """Folders of the attempts that are being written now: never leftovers."""
+        self.spared: Callable[[Record], bool] = lambda record: False
+        """What no policy may delete yet, for a reason that only its owner knows."""
         self._postponed: set[int] = set()
         """Steps that were being read when something of theirs was to be removed."""
         self._sequence = self._highest_sequence()
@@ -60,6 +62,15 @@ class Custody:
     def next_sequence(self) -> int:
         self._sequence += 1
         return self._sequence
+
+    @property
+    def sequence(self) -> int:
+        """The highest that was ever given out, as far as is known."""
+        return self._sequence
+
+    def go_on_from(self, sequence: int) -> None:
+        """Give out only sequence numbers that are higher."""
+        self._sequence = max(self._sequence, sequence)
 
     def sweep(self) -> None:
         """Remove what attempts that never committed have left. Foreign files stay, and so does what is in doubt."""
@@ -138,6 +149,10 @@ class Custody:
         """Remove the attempt that a commit replaced; apply retention. Returns the steps retired."""
         if replaced is not None and replaced != manifest.attempt:
             self._remove_replaced(manifest.step, replaced)
+        return self.tidy()
+
+    def tidy(self) -> list[int]:
+        """Remove what could not be removed before; apply retention. Returns the steps retired."""
         postponed, self._postponed = self._postponed, set()
         for step in postponed:
             self.sweep_step(step)
@@ -161,7 +176,7 @@ class Custody:
         records = self.catalog.records()
         safe = self._safe(records)
         verdicts = judge(records, keep)
-        going = [r for r in records if safe and not verdicts[r.step].stays and r.step not in safe]
+        going = [r for r in records if safe and not (verdicts[r.step].stays or r.step in safe or self.spared(r))]
         retired = []
         for record in sorted(going, key=lambda r: not r.rewound):
             try:

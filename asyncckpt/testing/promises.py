@@ -220,7 +220,7 @@ def leftovers(root: str | os.PathLike[str]) -> list[str]:
     root = Path(root)
     catalog = Catalog(LocalStorage(os.fspath(root)))
     present = {p.relative_to(root).as_posix() for p in root.rglob("*")}
-    expected = {names.LOCK, names.REWINDS}
+    expected = {names.LOCK, names.REWINDS, names.MIRRORING}
     for step in catalog.committed():
         folder = names.step_name(step)
         try:

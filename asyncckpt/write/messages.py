@@ -6,6 +6,7 @@ Service to trainer, for one save:  Progress (any number), then exactly one of Co
                                    after that the service does not touch the arena again.
                                    (A Drop that crosses this answer is answered Dropped once more.)
 After a commit, where the trainer decides what goes: Ask, answered by Advice.
+With a mirror: after Committed, Mirrored once; MirrorState whenever something of it has changed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,21 @@ class Fault(msgspec.Struct, frozen=True):
         return made
 
 
+class MirrorTo(msgspec.Struct, frozen=True):
+    """Copy what is committed to the storage at `url`, and retire there by `keep`.
+
+    At most `bandwidth` bytes a second; whoever waits is told that it fails when it has taken nothing for `timeout`
+    seconds. If it is `required`, no policy deletes a step before it is mirrored. `options` are for a URL.
+    """
+
+    url: str
+    keep: Keep | None = None
+    bandwidth: float | None = None
+    required: bool = False
+    timeout: float = 600.0
+    options: StorageOptions = StorageOptions()
+
+
 class Open(msgspec.Struct, tag=True, frozen=True):
     """Own the run in the directory or at the URL `root`, waiting up to `lock_timeout` seconds.
 
@@ -69,6 +85,7 @@ class Open(msgspec.Struct, tag=True, frozen=True):
     codec: Codec = Codec()
     rank: int = 0
     options: StorageOptions = StorageOptions()
+    mirror: MirrorTo | None = None
 
 
 class Share(msgspec.Struct, tag=True, frozen=True):
@@ -198,6 +215,17 @@ class RewindTo(msgspec.Struct, tag=True, frozen=True):
     step: int
 
 
+class Noted(msgspec.Struct, tag=True, frozen=True):
+    """Notes of committed steps have changed: let the mirror have them too."""
+
+
+class AwaitMirror(msgspec.Struct, tag=True, frozen=True):
+    """Answer when all that is committed is mirrored, or `save` is, if one is named; or when the mirror fails."""
+
+    call: int
+    save: int = 0
+
+
 class Advice(msgspec.Struct, tag=True, frozen=True):
     """The answer to Ask: the steps that may go. None: the policy failed, and nothing may."""
 
@@ -263,17 +291,42 @@ class Ask(msgspec.Struct, tag=True, frozen=True):
     records: list[Record]
 
 
+class Mirrored(msgspec.Struct, tag=True, frozen=True):
+    """What became of a committed step on the mirror: it is there, was passed over, or, with a `fault`, can't be.
+
+    `save` is 0 where it was committed before this service came.
+    """
+
+    save: int
+    step: int
+    passed_over: bool = False
+    fault: Fault | None = None
+
+
+class MirrorState(msgspec.Struct, tag=True, frozen=True):
+    """How the mirror stands: the step mirrored last, steps and bytes copied by this service, steps that wait, steps
+    passed over, and what it failed of last, empty where it does not fail."""
+
+    step: int | None = None
+    steps: int = 0
+    bytes: int = 0
+    backlog: int = 0
+    passed_over: int = 0
+    error: str = ""
+
+
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """The answer to Delete, RewindTo and Reserve."""
+    """The answer to Delete, RewindTo, Reserve and AwaitMirror."""
 
     call: int
     fault: Fault | None = None
 
 
-OfRun = Delete | RewindTo | Reserve
+OfRun = Delete | RewindTo | Reserve | AwaitMirror
 """What is asked of the run, and answered by Done."""
-Request = Open | Share | Forget | Begin | Staged | Seal | Drop | Look | Hurry | Trust | OfRun | Release | Advice | Close
-Reply = Opened | Refused | Progress | Ready | Committed | Failed | Dropped | Ask | Done
+OfSave = Begin | Staged | Seal | Drop | Look
+Request = Open | Share | Forget | OfSave | Hurry | Trust | OfRun | Release | Noted | Advice | Close
+Reply = Opened | Refused | Progress | Ready | Committed | Failed | Dropped | Ask | Mirrored | MirrorState | Done
 
 _LENGTH = struct.Struct("<I")
 

@@ -44,6 +44,13 @@ class Retention:
         if self._asks and not self._over:
             await self._ask()
 
+    async def again(self) -> None:
+        """Something that had to stay need not any more."""
+        async with self._custody() as custody:
+            await self._workers.run(custody.tidy)
+        if self._asks and not self._over:
+            await self._ask()
+
     def answer(self, message: m.Advice) -> None:
         """What the trainer says to the question of that number."""
         if self._answer is not None and self._answer[0] == message.call and not self._answer[1].done():

@@ -21,14 +21,22 @@ from typing import Any
 
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.catalog.ownership import Ownership, own
-from asyncckpt.errors import CheckpointError, CheckpointExistsError, CheckpointNotFoundError, StorageError
+from asyncckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ConflictError,
+    StorageError,
+)
 from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest, encode
 from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.base import Storage
+from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
+from asyncckpt.write.mirror import Mirror
 from asyncckpt.write.parts import Base, BaseGone, Coding
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
 from asyncckpt.write.ranks import Share
@@ -37,6 +45,8 @@ from asyncckpt.write.workers import Workers, available_cores
 
 log = logging.getLogger("asyncckpt")
 _PROGRESS_STEP = 64 << 20
+_TAKEOVER = 90.0
+"""Seconds for which a mirror in an object store is waited for before it counts as owned by another."""
 _NAMED = 5
 """Tensors of a part that a message names."""
 _LAST_ADVICE = 30.0
@@ -55,6 +65,8 @@ class Service:
         self._queue: asyncio.Queue[Save | None] = asyncio.Queue()
         self._reported: dict[int, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Task[None]] = set()
+        """On whom the end does not wait."""
         self._custody_lock = asyncio.Lock()
         self._bases: dict[str, Base] = {}
         """By part, what was committed last."""
@@ -62,6 +74,7 @@ class Service:
         self._rates = Rates()
         self._give_up = threading.Event()
         self._retention: Retention | None = None
+        self._mirror: Mirror | None = None
         self._opened = False
         self._rank = 0
         self._failure: Exception | None = None
@@ -120,6 +133,11 @@ class Service:
                 self._release(message.step, message.attempt)
             case m.Delete() | m.RewindTo():
                 self._spawn(self._command(message))
+            case m.AwaitMirror():
+                self._spawn(self._await_mirror(message), self._waits)
+            case m.Noted():
+                if self._mirror is not None:
+                    self._mirror.noted()
             case m.Advice():
                 if self._retention is not None:
                     self._retention.answer(message)
@@ -162,10 +180,11 @@ class Service:
         if not save.started:
             self._end(save, m.Dropped(save.begin.save))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]] | None = None) -> None:
+        tasks = self._tasks if among is None else among
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     def _end(self, save: Save, reply: m.Reply) -> None:
         self._saves.pop(save.begin.save, None)
@@ -207,6 +226,8 @@ class Service:
         try:
             try:
                 self._custody = await self._workers.run(Custody, storage, open_.keep, lock.check)
+                if open_.mirror is not None:
+                    self._mirror = await self._open_mirror(open_.mirror, storage, open_.direct)
             except (CheckpointError, OSError) as error:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
@@ -215,11 +236,67 @@ class Service:
             if self._give_up.is_set():
                 self._retention.give_up()
             self._reply(m.Opened(os.getpid()))
+            if self._mirror is not None:
+                self._mirror.start()
             async with self._custody_of() as custody:  # commands may come already
                 await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
             await self._serve()
+        except BaseException:
+            if self._mirror is not None:
+                await self._mirror.close()
+            raise
         finally:
-            await self._workers.run(lock.release)
+            await self._workers.run(lock.release)  # the mirror only reads here: who comes next need not wait for it
+        if self._mirror is not None:
+            await self._mirror.finish(lambda: self._is_free(storage))
+
+    async def _open_mirror(self, to: m.MirrorTo, storage: Storage, direct: bool) -> Mirror:
+        """The mirror, not started yet; sequence numbers go on from those that it has.
+
+        Raises:
+            StorageError: it can't be read, and there is nothing here.
+        """
+        target = open_storage(to.url, to.options, posix=self._posix, direct=direct)
+        own_target = partial(own, target, 0.0 if isinstance(target, LocalStorage) else _TAKEOVER)
+        catalog, landed = self._custody.catalog, lambda: self._mirror_landed(to.required)
+        mirror = Mirror(to, catalog, target, own_target, self._workers.nice, self._reply, landed)
+        try:
+            self._custody.go_on_from(await mirror.look())
+        except (CheckpointError, OSError) as error:
+            if not self._custody.sequence:
+                await mirror.close()
+                raise StorageError(
+                    f"{storage.url} is empty, and whether its mirror has checkpoints can't be told: {error}. Start "
+                    "when it can be read, or without mirror= if this run is a new one.",
+                    retryable=True,
+                ) from error
+            log.warning("the mirror can't be read; going on from what is in %s: %s", storage.url, error)
+        mirror.known = self._custody.sequence
+        if to.required:
+            self._custody.spared = mirror.lacks
+        return mirror
+
+    def _mirror_landed(self, required: bool) -> None:
+        """A step need not stay for the mirror any more."""
+        if required and self._retention is not None:
+            self._spawn(self._guarded("retention", self._retention.again()))
+
+    def _is_free(self, storage: Storage) -> bool:
+        """Whether no other service owns the run, which this one has given up."""
+        try:
+            own(storage, 0.0).release()
+        except ConflictError:
+            return False
+        return True
+
+    async def _await_mirror(self, message: m.AwaitMirror) -> None:
+        fault = None
+        try:
+            if self._mirror is not None:
+                await self._mirror.drained(message.save)
+        except Exception as error:
+            fault = m.Fault.of(error)
+        self._reply(m.Done(message.call, fault))
 
     def _open(self, open_: m.Open) -> Storage:
         return open_storage(open_.root, open_.options, posix=self._posix, direct=open_.direct)
@@ -281,6 +358,8 @@ class Service:
             self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
         else:
             manifest, replaced, reply = committed
+            if self._mirror is not None:
+                self._mirror.committed(manifest, save.begin.save)
             self._end(save, reply)
             assert self._retention is not None
             self._spawn(self._guarded("retention", self._retention.after_commit(manifest, replaced)))
@@ -408,15 +487,24 @@ class Service:
         try:
             async with self._custody_of() as custody:
                 if isinstance(message, m.Delete):
-                    if not custody.catalog.exists(message.step):
-                        raise CheckpointNotFoundError(f"no checkpoint of step {message.step} in {self._storage.url}")
-                    await self._workers.run(custody.delete, message.step)
+                    await self._delete(custody, message.step)
                 else:
                     await self._workers.run(custody.rewind, message.step)
+            if self._mirror is not None:
+                self._mirror.noted()
         except (CheckpointError, OSError) as error:
             self._reply(m.Done(message.call, m.Fault.of(error)))
         else:
             self._reply(m.Done(message.call))
+
+    async def _delete(self, custody: Custody, step: int) -> None:
+        there = await self._workers.run(custody.catalog.exists, step)
+        if there:
+            await self._workers.run(custody.delete, step)
+        if self._mirror is not None:
+            there = await self._mirror.delete(step) or there
+        if not there:
+            raise CheckpointNotFoundError(f"no checkpoint of step {step} in {self._storage.url}")
 
 
 def _map(fd: int, size: int) -> memoryview:

@@ -26,8 +26,11 @@ class DaemonPool(Executor):
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._count = count
         self._closed = False
-        for i in range(count):
-            threading.Thread(target=self._run, args=(nice,), name=f"{name}-{i}", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(nice,), name=f"{name}-{i}", daemon=True) for i in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         if self._closed:
@@ -40,6 +43,11 @@ class DaemonPool(Executor):
         self._closed = True
         for _ in range(self._count):
             self._tasks.put(None)
+
+    def join(self) -> None:
+        """Wait until all threads have ended, after `shutdown`."""
+        for thread in self._threads:
+            thread.join()
 
     def _run(self, nice: int) -> None:
         if nice and sys.platform == "linux":
@@ -58,11 +66,13 @@ class DaemonPool(Executor):
 class Workers:
     """Two pools for the same work: a niced one for when nobody waits, a normal one for when somebody does."""
 
-    def __init__(self, count: int, nice: int) -> None:
-        self.count = count
+    def __init__(self, count: int, nice: int, name: str = "asyncckpt-io") -> None:
+        self.count, self.nice = count, nice
         self.hurry = False
-        self._normal = DaemonPool(count, "asyncckpt-io")
-        self._niced = DaemonPool(count, "asyncckpt-io-nice", nice) if nice else self._normal
+        self.abandoned = False
+        """The process is to end, though a call hangs: nobody waits for one any more."""
+        self._normal = DaemonPool(count, name)
+        self._niced = DaemonPool(count, f"{name}-nice", nice) if nice else self._normal
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """`fn(*args)` on one of the threads.
@@ -75,7 +85,7 @@ class Workers:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            while not future.done():
+            while not (future.done() or self.abandoned):
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([future])
             raise
@@ -84,6 +94,11 @@ class Workers:
         self._normal.shutdown()
         if self._niced is not self._normal:
             self._niced.shutdown()
+
+    def join(self) -> None:
+        """Wait, on a thread, until all calls have returned, after `close`."""
+        self._normal.join()
+        self._niced.join()
 
 
 def available_cores() -> int:

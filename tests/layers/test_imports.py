@@ -19,7 +19,7 @@ LAYERS = [
 """What stands later may import what stands earlier, never the other way."""
 FACE = {
     "checkpointer", "run", "session", "link", "handle", "progress", "advice", "arguments", "stats", "schedule",
-    "preemption", "fetching", "company", "taken",
+    "preemption", "fetching", "company", "taken", "mirrored", "tiers",
 }  # fmt: skip
 """The modules at the top that make up the public surface; one layer."""
 TORCH_SIDE = {
