@@ -493,7 +493,7 @@ def _shareable(catalog: Catalog, manifest: Manifest) -> dict[str, str]:
 
     A later one may use less, and what nothing uses was never verified.
     """
-    wanted = {name for name in manifest.files if names.part_of_coded(name) is not None}
+    wanted = {name for name in manifest.files if names.coded_of(name) is not None}
     found: dict[str, str] = {}
     if not wanted:
         return found
