@@ -85,7 +85,7 @@ class QueueFullError(CheckpointError):
 class UnsupportedStateError(CheckpointError, TypeError):
     """The state holds something that can't be stored exactly. `path` says where it stands."""
 
-    def __init__(self, message: str, *, path: str) -> None:
+    def __init__(self, message: str, *, path: str = "") -> None:  # without one when it is unpickled
         super().__init__(message)
         self.path = path
 

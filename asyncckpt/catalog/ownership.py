@@ -11,6 +11,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 from asyncckpt.errors import ConflictError, StorageError
@@ -31,8 +32,14 @@ class RunLock:
         _held.add(self)
 
     @classmethod
-    def acquire(cls, directory: str, timeout: float, cancelled: threading.Event | None = None) -> RunLock:
-        """Wait up to `timeout` seconds for the run in `directory`, which must exist.
+    def acquire(
+        cls,
+        directory: str,
+        timeout: float,
+        cancelled: threading.Event | None = None,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> RunLock:
+        """Wait up to `timeout` seconds for the run in `directory`, which must exist. `waiting` is called meanwhile.
 
         Raises:
             ConflictError: another writer still holds it.
@@ -43,6 +50,7 @@ class RunLock:
             fd = cls._try(directory)
             if fd is not None:
                 return cls(directory, fd)
+            waiting()
             if time.monotonic() >= deadline or (cancelled is not None and cancelled.is_set()):
                 pid = cls.owner(directory)
                 raise ConflictError(

@@ -73,14 +73,23 @@ def whole_entries(reader: CheckpointReader, part: str) -> dict[str, Entry]:
     Raises:
         CorruptCheckpointError: a header is not what was committed.
     """
+    return {
+        name: Entry(name, shards[0].dtype, shards[0].shape, 0, math.prod(shards[0].shape) * ITEM_SIZE[shards[0].dtype])
+        for name, shards in stored_shards(reader, part).items()
+    }
+
+
+def stored_shards(reader: CheckpointReader, part: str) -> dict[str, list[StoredShard]]:
+    """The shards of each entry of `part` that the rank may see: one, where it lies in one image.
+
+    Raises:
+        CorruptCheckpointError: a header is not what was committed.
+    """
     shares = reader.shares(part)
     shards = _by_name(shares)
-    found = {name: known[0][1] for name, known in shards.items()}
-    found |= _own_entries(reader, part, shares[reader.rank], shards, None)
-    return {
-        name: Entry(name, shard.dtype, shard.shape, 0, math.prod(shard.shape) * ITEM_SIZE[shard.dtype])
-        for name, shard in found.items()
-    }
+    found = {name: [shard for _, shard in known] for name, known in shards.items()}
+    own = _own_entries(reader, part, shares[reader.rank], shards, None)
+    return found | {name: [shard] for name, shard in own.items()}
 
 
 def _shards(share: PartRecord) -> Mapping[str, StoredShard]:

@@ -130,6 +130,12 @@ class Rank:
             client.COMMAND = writer
         self.checkpointer = asyncckpt.Checkpointer(self.root, **made(self.options | options), _posix=self.posix)
 
+    def dcp(self, deed: str, **options: Any) -> Any:
+        """What `rank_dcp` does with torch.distributed.checkpoint."""
+        import rank_dcp
+
+        return getattr(rank_dcp, deed)(self, **options)
+
     def fault(self, **fault: Any) -> None:
         """Plan a fault; calls are counted from now on. (Its writer must be a thread.)"""
         self.posix.heal()
