@@ -42,9 +42,7 @@ class Author:
         StorageError: the storage failed.
     """
 
-    def __init__(
-        self, storage: LocalStorage, lock_timeout: float, waiting: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, storage: LocalStorage, lock_timeout: float, waiting: Callable[[], None] = lambda: None) -> None:
         self._storage = storage
         storage.make_root()
         self._lock = RunLock.acquire(storage.root, lock_timeout, waiting=waiting)

@@ -1,4 +1,4 @@
-"""The image of a part out of streams of bytes: for what is converted, or handed out by another library, tensor by tensor.
+"""The image of a part out of streams of bytes: for what is converted, or comes of another library, tensor by tensor.
 
 Memory is bounded by a few chunks, and by what a source holds at once. The calling thread fills chunks, in the order of
 the image; others hash and write them.
@@ -94,4 +94,6 @@ def _bytes(image: Image, sources: Sequence[Source]) -> Iterator[memoryview]:
                 break
             yield data
         if left:
-            raise CheckpointError(f"tensor {entry.name!r}: its source did not give the {entry.nbytes} bytes that it has")
+            raise CheckpointError(
+                f"tensor {entry.name!r}: its source did not give the {entry.nbytes} bytes that it has"
+            )

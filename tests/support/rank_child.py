@@ -132,7 +132,7 @@ class Rank:
 
     def dcp(self, deed: str, **options: Any) -> Any:
         """What `rank_dcp` does with torch.distributed.checkpoint."""
-        import rank_dcp
+        from support import rank_dcp
 
         return getattr(rank_dcp, deed)(self, **options)
 

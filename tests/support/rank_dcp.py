@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from asyncckpt.integrations.dcp import Reader, Stager, Writer
 
@@ -30,11 +31,14 @@ def _told(deed: Any) -> str:
     return ""
 
 
-def save(rank: Any, root: str, asynchronous: bool = False, **options: Any) -> str:
-    writer = Writer(root, **options, _posix=rank.posix)
+def save(rank: Any, root: str, asynchronous: str = "", **options: Any) -> str:
+    """`asynchronous`: on a "thread", or in a "process"."""
+    process = asynchronous == "process"
+    writer = Writer(root, **options, _posix=None if process else rank.posix)
     if asynchronous:
-        stager = Stager()
-        return _told(lambda: dcp.async_save(_state(rank), storage_writer=writer, async_stager=stager).result(60))
+        kind = AsyncCheckpointerType.PROCESS if process else AsyncCheckpointerType.THREAD
+        how = {"storage_writer": writer, "async_stager": Stager(), "async_checkpointer_type": kind}
+        return _told(lambda: dcp.async_save(_state(rank), **how).result(60))
     return _told(lambda: dcp.save(_state(rank), storage_writer=writer))
 
 
@@ -50,9 +54,7 @@ def load(rank: Any, root: str, **options: Any) -> Any:
     told = _told(lambda: dcp.load(state, storage_reader=Reader(root, **options)))
     if told:
         return told
-    set_state_dict(
-        rank.model, rank.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    set_state_dict(rank.model, rank.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     assert state["progress"] == {"step": 7, "words": ("a", b"b", None)}
     return rank.content()[:2]
 

@@ -4,7 +4,7 @@
     dcp.async_save(state, storage_writer=Writer("runs/gpt"), async_stager=stager)
     dcp.load(state, storage_reader=Reader("runs/gpt"))
 
-What they write is an ordinary checkpoint, durable, digested and without pickle; what a Checkpointer has saved they read.
+What they write is an ordinary checkpoint, durable, digested and without pickle. What a Checkpointer saved they read.
 
 keys     how the names that DCP gives to values stand to parts and paths
 writing  Writer

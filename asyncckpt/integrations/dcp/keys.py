@@ -188,6 +188,6 @@ def check_unlike(entries: Iterable[tuple[str, str]]) -> None:
     for entry in entries:
         if entry in seen:
             raise CheckpointError(
-                f"two tensors of part {entry[0]!r} would be called {entry[1]!r}: rename a key of the state that has dots"
+                f"two tensors of part {entry[0]!r} would be called {entry[1]!r}: rename a key that has dots"
             )
         seen.add(entry)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
@@ -50,15 +51,15 @@ from asyncckpt.storage.local import LocalStorage
 class _Leaf:
     """What a key of DCP stands for: a value of a part's tree, or a tensor, of a `dtype` and `size`.
 
-    `shards` are those of a tensor that is read box by box; others are read whole. `width` are the bytes of an item, where
-    these lie along one more dimension.
+    `shards` are those of a tensor that is read box by box; others are read whole. `width` are the bytes of an item,
+    where these lie along one more dimension.
     """
 
     part: str
     node: Node
     shards: tuple[StoredShard, ...] = ()
     dtype: torch.dtype | None = None
-    size: torch.Size = torch.Size()
+    size: torch.Size = field(default_factory=torch.Size)
     width: tuple[int, ...] = ()
 
 
@@ -346,14 +347,16 @@ def _box(rebuilder: Rebuilder, leaf: _Leaf, item: ReadItem, wants: Mapping[str, 
 def _check_takes_values(planner: LoadPlanner) -> None:
     if getattr(type(planner), "load_bytes", None) is not DefaultLoadPlanner.load_bytes:
         raise NotSupportedError(
-            f"{type(planner).__name__} has a load_bytes of its own, which takes pickles, and here there are none. Derive it "
+            f"{type(planner).__name__} has a load_bytes of its own, which takes pickles; here are none. Derive it "
             "from torch's DefaultLoadPlanner without that, or load only tensors by it."
         )
 
 
 def _give(planner: Any, item: ReadItem, value: Any) -> None:
-    """What DefaultLoadPlanner.load_bytes does, but for the pickle."""
+    """What DefaultLoadPlanner.load_bytes does, but for the pickle. Bytes are put where an io.BytesIO is as one."""
     key = item.dest_index.fqn
+    if isinstance(value, bytes) and isinstance(planner.state_dict.get(key), io.BytesIO):
+        value = io.BytesIO(value)
     if planner.flatten_state_dict:
         set_element(planner.original_state_dict, planner.mappings[key], value)
     else:

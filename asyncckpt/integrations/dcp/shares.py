@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,16 +126,21 @@ def _value_of(planner: SavePlanner, item: WriteItem) -> Any:
     look_up = getattr(planner, "lookup_object", None)
     if look_up is None:
         raise NotSupportedError(
-            f"{type(planner).__name__} has no lookup_object(index): of values that are no tensors it gives pickles, which "
-            "are never stored here. Derive it from torch's DefaultSavePlanner."
+            f"{type(planner).__name__} has no lookup_object(index): of values that are no tensors it gives pickles, "
+            "which are never stored here. Derive it from torch's DefaultSavePlanner."
         )
     return look_up(item.index)
 
 
-class _Values(Flattener):
-    """What DCP would have pickled; an object with a state of its own would come back as a dict, so it is refused."""
+class Values(Flattener):
+    """What DCP would have pickled; an object with a state of its own would come back as a dict, so it is refused.
+
+    Of an io.BytesIO the bytes are stored: states for DCP hold it for what else would be pickled twice.
+    """
 
     def other(self, value: Any, path: Path) -> Node:
+        if isinstance(value, io.BytesIO):
+            return self.encode(value.getvalue(), path)
         if isinstance(value, torch.nn.Module) or hasattr(value, "load_state_dict"):
             raise unsupported(value, path)
         return super().other(value, path)
@@ -143,11 +148,13 @@ class _Values(Flattener):
 
 def _add_value(share: PartShare, value: Any, part: str, below: Path) -> Value:
     """Store the tensors in a value, and give its node."""
-    flattener = _Values()
+    flattener = Values()
     node = flattener.encode(value, (part, *below))
     for leaf in flattener.leaves:
         if leaf.shard is not None:
-            raise UnsupportedStateError(f"{show(leaf.path)} is a DTensor in a value that DCP does not flatten", path=show(leaf.path))
+            raise UnsupportedStateError(
+                f"{show(leaf.path)} is a DTensor in a value that DCP does not flatten", path=show(leaf.path)
+            )
     plan = plan_part(flattener.leaves, None)
     for spec, source in zip(plan.specs, plan.sources, strict=True):
         stored = StoredShard(spec.dtype, spec.shape, (0,) * len(spec.shape), spec.shape)
@@ -169,7 +176,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor row by row: its own memory, if that has this order."""
     plain = tensor.detach().resolve_conj().resolve_neg()
     plain = dtypes.as_plain(plain).contiguous().cpu()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    return plain.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _tensor_source(planner: SavePlanner, item: WriteItem, path: Path) -> Source:
@@ -177,15 +184,19 @@ def _tensor_source(planner: SavePlanner, item: WriteItem, path: Path) -> Source:
     properties, sizes = item.tensor_data.properties, tuple(item.tensor_data.chunk.sizes)
 
     def read() -> Iterator[memoryview]:
-        tensor = local(planner.resolve_data(item).detach())
+        resolved = planner.resolve_data(item)
+        assert isinstance(resolved, torch.Tensor)
+        tensor = local(resolved.detach())
         if tuple(tensor.shape) != sizes or tensor.dtype != properties.dtype:
             raise UnsupportedStateError(
                 f"{show(path)} is a tensor {tuple(tensor.shape)} of {tensor.dtype}, and was planned as {sizes} of "
                 f"{properties.dtype}",
                 path=show(path),
             )
-        if tensor.is_meta or (math.prod(sizes) and not tensor.data_ptr()):
-            raise UnsupportedStateError(f"{show(path)} is a tensor without memory; materialize it first", path=show(path))
+        if tensor.is_meta or (tensor.numel() and not tensor.data_ptr()):
+            raise UnsupportedStateError(
+                f"{show(path)} is a tensor without memory; materialize it first", path=show(path)
+            )
         yield bytes_of(tensor)
 
     return read

@@ -163,7 +163,7 @@ def _rebuilt(value: Any, copies: Mapping[int, _Copy]) -> Any:
 
 
 def _as_dtensor(like: Any, part: torch.Tensor) -> torch.Tensor:
-    """A DTensor like another, whose local part lies on the CPU, whatever the mesh is of: as torch's own stagers have it."""
+    """A DTensor like another, whose local part lies on the CPU, whatever its mesh is of, as torch's own stagers do."""
     made: Any = like.detach()
     made._local_tensor = part
     staged: torch.Tensor = made

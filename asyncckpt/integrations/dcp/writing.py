@@ -147,7 +147,9 @@ class Writer(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._clear()
         if not kwargs.get("use_collectives", True) and ranks_of_this_job() > 1:
-            raise NotSupportedError("use_collectives=False: without collectives several ranks can't commit one checkpoint")
+            raise NotSupportedError(
+                "use_collectives=False: without collectives several ranks can't commit one checkpoint"
+            )
         self._coordinator = is_coordinator
         self._rank = kwargs.get("rank") or 0
 
@@ -166,8 +168,12 @@ class Writer(StorageWriter):
         parts = list(dict.fromkeys(keys.placed(path, whole)[0] for path in where.values())) or [whole or keys.ROOT]
         if _need_listing(plans, where, whole):
             parts.append(keys.KEYS)
-        self._author = author = _own(self._storage, self._lock_timeout)
-        draft = author.begin(self._step, self._overwrite)
+        self._author = _own(self._storage, self._lock_timeout)
+        try:
+            draft = self._author.begin(self._step, self._overwrite)
+        except BaseException:
+            self._let_go()
+            raise
         counts = [len(layers(plan)) for plan in plans]
         order = _Order(draft, 0, sum(counts), tuple(parts), whole)
         orders, number = {}, 0
@@ -180,18 +186,30 @@ class Writer(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         order = plan.storage_data
         if getattr(planner, "_enable_plan_caching", False):
+            self._let_go()
             raise _cached_plans()
         if not isinstance(order, _Order):
+            self._let_go()
             raise NotSupportedError(f"{type(planner).__name__} does not hand on what the writer has put into its plan")
         self.step = order.draft.step
         results: list[WriteResult] = []
-        for k, items in enumerate(layers(plan)):
-            shares, told = collect(items, plan, planner, order.parts, order.whole)
-            self._write(replace(order, first=order.first + k), shares)
-            results += told
+        try:
+            for k, items in enumerate(layers(plan)):
+                shares, told = collect(items, plan, planner, order.parts, order.whole)
+                self._write(replace(order, first=order.first + k), shares)
+                results += told
+        except BaseException:
+            self._let_go()
+            raise
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _let_go(self) -> None:
+        """The save is over. What it left behind, if it failed, is cleared by whoever owns the run next."""
+        if self._author is not None:
+            self._author.close()
+        self._author = self._share = None
 
     def _write(self, order: _Order, shares: dict[str, PartShare]) -> None:
         """Make one share durable; its record too, but for that of the first, which `finish` writes."""
@@ -227,8 +245,7 @@ class Writer(StorageWriter):
             author.abandon(order.draft)
             raise
         finally:
-            author.close()
-            self._author = self._share = None
+            self._let_go()
         metadata.storage_meta = StorageMeta(checkpoint_id=self._path, save_id=order.draft.attempt)
 
     def _store_alone(self, share: _Share, trees: dict[str, Node]) -> dict[str, FileRecord]:
@@ -265,8 +282,8 @@ class Writer(StorageWriter):
                 data = self._storage.read(f"{draft.folder}/{name}", MAX_RECORD)
             except FileNotFoundError:
                 raise RankError(
-                    f"{name} of step {draft.step} is not in {self._storage.url}, although it was written. All ranks must be "
-                    "given the same directory, on a storage that they share."
+                    f"{name} of step {draft.step} is not in {self._storage.url}, although it was written. All ranks "
+                    "must be given the same directory, on a storage that they share."
                 ) from None
             record = prepared(data, draft.step, draft.attempt, number, order.world)
             files |= {name: FileRecord(len(data), digest(data)), **record.files()}
@@ -380,7 +397,11 @@ def _own(storage: LocalStorage, timeout: float) -> Author:
     def take_over() -> None:
         former, thread = _authors.get(storage.root, (None, None))
         author = None if former is None else former()
-        if author is not None and thread is not None and (thread is threading.current_thread() or not thread.is_alive()):
+        if (
+            author is not None
+            and thread is not None
+            and (thread is threading.current_thread() or not thread.is_alive())
+        ):
             author.close()
 
     take_over()
