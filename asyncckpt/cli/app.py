@@ -105,21 +105,57 @@ def diff(
 @answering
 def export(
     checkpoint: CheckpointArgument,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="The safetensors file to write.")],
-    part: Annotated[str, typer.Option("--part", help="What to export.")] = "model",
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The file, or directory, to write.")],
+    part: Annotated[
+        str | None, typer.Option("--part", help="What to export [model; of torch and dcp, all parts].")
+    ] = None,
+    kind: Annotated[str, typer.Option("--format", help="safetensors, torch (torch.save) or dcp.")] = "safetensors",
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Cast floating tensors to bf16, fp16 or fp32 [as they are].")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", help="TARGET is a directory of files of at most so much, such as 5GB."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     as_json: JsonOption = False,
 ) -> Answer:
-    """Write a part of a checkpoint to one safetensors file. Of a RUN, from its newest that has the part.
+    """Write a part of a checkpoint to one safetensors file, or several with an index; or all of it as torch or dcp.
 
-    Every byte is verified on the way. Tensors keep the names of their paths; other values have no place in such a file.
+    Of a RUN, from its newest that has the part. Every byte is verified on the way. In a safetensors file tensors keep
+    the names of their paths; other values have no place there. A file of torch.save and a directory of DCP hold values
+    too, and are pickled.
     """
-    from asyncckpt.cli import exporting
+    from asyncckpt.cli import exporting, units
 
-    return exporting.write(checkpoint, file, part, dtype, overwrite)
+    size = None if max_shard_size is None else int(parsed("--max-shard-size", units.size, max_shard_size))
+    return exporting.write(checkpoint, target, exporting.Wanted(part, kind, dtype, size, overwrite))
+
+
+@app.command("import")
+@answering
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The file or directory to read.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The directory of a run: its next step; or RUN@100.")],
+    kind: Annotated[
+        str | None, typer.Option("--format", help="safetensors, torch (torch.save) or dcp [by what is there].")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--part", help="The part that takes it all [its own keys, or model].")
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read torch and dcp; tensors and plain values only.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the step if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> Answer:
+    """Make a checkpoint of a safetensors file (or several with an index), a file of torch.save, or a directory of DCP.
+
+    It is read tensor by tensor, and committed as a training would: whole and durable, or not at all.
+    """
+    from asyncckpt.cli import importing
+
+    return importing.read_in(source, run, kind, part, allow_pickle, overwrite)
 
 
 @app.command()

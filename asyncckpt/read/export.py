@@ -38,7 +38,7 @@ _ARRAYS = {"b1": "BOOL", "i1": "I8", "u1": "U8"} | {
 }
 """numpy dtypes, without their byte order, that safetensors knows; the others stay the bytes that they are stored as."""
 
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 """What readers of other libraries look for."""
 
 _MOST = 100
@@ -96,10 +96,10 @@ def export(
     found = contents(reader, part, None if dtype is None else DTYPES[dtype])
     if not found:
         raise CheckpointNotFoundError(f"step {reader.step}, part {part!r} holds no tensors")
-    image = layout([item.spec for item in found], _METADATA)
-    with _new_file(target, image.size, overwrite) as file:
-        _write(file, 0, memoryview(image.header))
-        _Copy(reader, part, file, image, found).run(on_bytes)
+    image = layout([item.spec for item in found], METADATA)
+    with new_file(target, image.size, overwrite) as file:
+        write_at(file, 0, memoryview(image.header))
+        Copy(reader, part, file, image, found).run(on_bytes)
     return found
 
 
@@ -216,7 +216,7 @@ def _unlike_rows(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int,
     return None
 
 
-class _Copy:
+class Copy:
     """The bytes on their way: chunk by chunk, on several threads, each chunk read once."""
 
     def __init__(self, reader: CheckpointReader, part: str, file: int, image: Image, found: list[Exported]) -> None:
@@ -279,11 +279,11 @@ class _Copy:
         code, becomes = item.code, item.spec.dtype
         place += begin // ITEM_SIZE[code] * ITEM_SIZE[becomes]
         if code == becomes:
-            _write(self._file, place, data)
+            write_at(self._file, place, data)
             return
         for start in range(0, len(data), _BLOCK):
             done = start // ITEM_SIZE[code] * ITEM_SIZE[becomes]
-            _write(self._file, place + done, cast(data[start : start + _BLOCK], code, becomes))
+            write_at(self._file, place + done, cast(data[start : start + _BLOCK], code, becomes))
 
 
 def _batches(items: list[tuple[Exported, int]]) -> Iterator[list[tuple[Exported, int]]]:
@@ -301,7 +301,7 @@ def _batches(items: list[tuple[Exported, int]]) -> Iterator[list[tuple[Exported,
 
 
 @contextmanager
-def _new_file(target: Path, size: int, overwrite: bool) -> Iterator[int]:
+def new_file(target: Path, size: int, overwrite: bool) -> Iterator[int]:
     """A file that takes the name `target` at the end of the block, durably; without `overwrite`, only if it is free."""
     exists = CheckpointExistsError(f"{target} is there already; nothing was written")
     if not overwrite and os.path.lexists(target):
@@ -317,7 +317,7 @@ def _new_file(target: Path, size: int, overwrite: bool) -> Iterator[int]:
                 os.rename(temporary, target)
             else:
                 os.link(temporary, target)
-            _settle(target.parent)
+            settle(target.parent)
         except FileExistsError:
             raise exists from None
         finally:
@@ -329,7 +329,7 @@ def _new_file(target: Path, size: int, overwrite: bool) -> Iterator[int]:
         raise StorageError(f"{target}: {error.strerror or error}", errno=error.errno) from error
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(file)
@@ -337,7 +337,7 @@ def _settle(folder: Path) -> None:
         os.close(file)
 
 
-def _write(file: int, offset: int, data: memoryview) -> None:
+def write_at(file: int, offset: int, data: memoryview) -> None:
     while len(data):
         done = os.pwrite(file, data, offset)
         data, offset = data[done:], offset + done
