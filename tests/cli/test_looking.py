@@ -143,7 +143,7 @@ def test_export_writes_a_part_as_one_file(cli: Command, tmp_path: Path) -> None:
     assert found.code == answers.OK
     assert found.json == {
         "run": str(tmp_path / "run"), "step": 1, "part": "model", "file": str(target),
-        "bytes": 4096 + 6, "tensors": 1, "dtype": "bf16",
+        "bytes": 4096 + 6, "tensors": 1, "dtype": "bf16", "files": 1,
     }  # fmt: skip
     upper = np.frombuffer(target.read_bytes()[4096:], "<u2").astype("<u4") << 16
     assert upper.view("<f4").tolist() == [1.0, 1.0, -2.5]
