@@ -292,6 +292,8 @@ class FileSystem:
     def _move(self, source: str, target: str) -> None:
         (old, old_name), (new, new_name) = self._parent(source), self._parent(target)
         inode = old.live[old_name]
+        if new.live.get(new_name) == inode:  # two names of one file: rename(2) leaves both
+            return
         if old is new:
             new.change(Change(self._index, "rename", new_name, inode, source=old_name))
         else:

@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from asyncckpt.testing import (
@@ -123,6 +123,7 @@ STEPS = st.lists(
 
 
 @settings(max_examples=60)
+@example([("file", "b", b"", False), ("link", "b", "a"), ("rename", "a", "b")])
 @given(STEPS)
 def test_what_a_process_sees_is_what_is_there(steps):
     """And once everything has been fsynced, it is the only disk that a power cut can leave."""
