@@ -25,7 +25,7 @@ demo: $(READY)   ## train a small GPT, kill it in the middle of a save, resume i
 	$(BIN)/python examples/train_gpt.py
 
 test: $(READY)   ## the whole test suite
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 3 tests
 
 torture: $(READY) ## the crash tests in their long form, and how long that takes
 	@echo "about $(TORTURE_MINUTES) minutes on two cores (an estimate from its parts): power cuts, kills and errors at every storage operation"

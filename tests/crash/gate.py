@@ -43,7 +43,7 @@ class Mutant:
     tests: str
     found: str
     slow: bool = False
-    """For the long form: found only when patience ends, or by a rig that finds others of its kind in the short form."""
+    """For the long form: it takes more than a few seconds."""
 
 
 _KILLS = "crash/test_kills.py::test_kills_at_every_operation"
@@ -62,7 +62,11 @@ MUTANTS = {
         "18", "planted:leftovers_stay", f"{_KILLS}[plain-buffered]", "the sweep left", slow=True
     ),
     "staged given up with its trainer": Mutant(
-        "3", "planted:staged_given_up_with_the_trainer", f"{_TRAINER}{_OPERATION}-kill]", "CheckpointNotFound|== 2"
+        "3",
+        "planted:staged_given_up_with_the_trainer",
+        f"{_TRAINER}{_OPERATION}-kill]",
+        "CheckpointNotFound|== 2",
+        slow=True,
     ),
     "staged given up, at any instant": Mutant(
         "3",
@@ -72,7 +76,7 @@ MUTANTS = {
         slow=True,
     ),
     "writer in the trainer's group": Mutant(
-        "3", "planted:writer_in_the_trainers_group", f"{_TRAINER}{_OPERATION}-killpg]", "Error|== 2"
+        "3", "planted:writer_in_the_trainers_group", f"{_TRAINER}{_OPERATION}-killpg]", "Error|== 2", slow=True
     ),
     "trainer's end told by the link alone": Mutant(
         "3",
@@ -87,7 +91,7 @@ MUTANTS = {
         _BYTES,
         "assert refused",
     ),
-    "seal not checked": Mutant("5", "planted:seal_not_checked", _BYTES, "assert refused"),
+    "seal not checked": Mutant("5", "planted:seal_not_checked", _BYTES, "assert refused", slow=True),
     "fence does not wait": Mutant("8", "planted_face:fence_does_not_wait", "snapshot/test_fence.py", "Error"),
     "buffers copied late": Mutant(
         "8",
@@ -107,6 +111,7 @@ MUTANTS = {
         "planted:writer_left_over_not_waited_for",
         f"{_TRAINER}the_next_start_waits_for_the_writer_left_over_and_gets_its_checkpoint",
         "ConflictError",
+        slow=True,
     ),
     "leaving does not drain": Mutant(
         "12",
@@ -146,23 +151,25 @@ MUTANTS = {
         "planted_face:storage_looked_at_by_every_save",
         "service/test_hung_storage.py::test_a_save_does_not_look_at_the_storage",
         "the storage was looked at",
+        slow=True,
     ),
     "hung storage not told": Mutant(
         "16",
         "planted_face:hung_storage_not_told",
         "service/test_hung_storage.py::test_a_save_that_waits_for_a_place_says_so",
         "assert|Error",
+        slow=True,
     ),
     "deleted though it is read": Mutant(
         "17", "planted:deleted_though_read", "catalog/test_in_use.py", "assert|DID NOT RAISE"
     ),
     "header taken at its word": Mutant(
-        "20", "planted:header_taken_at_its_word", "hostile/test_attacks.py", "Error|assert"
+        "20", "planted:header_taken_at_its_word", "hostile/test_attacks.py", "Error|assert", slow=True
     ),
     "offsets taken at their word": Mutant(
-        "20", "planted:offsets_taken_at_their_word", "hostile/test_attacks.py", "Error|assert"
+        "20", "planted:offsets_taken_at_their_word", "hostile/test_attacks.py", "Error|assert", slow=True
     ),
-    "links followed": Mutant("20", "planted:links_followed", "hostile/test_attacks.py", "opened|assert"),
+    "links followed": Mutant("20", "planted:links_followed", "hostile/test_attacks.py", "opened|assert", slow=True),
     "files for all to read": Mutant("21", "planted:files_for_all_to_read", "service/test_privacy.py", "assert"),
 }
 
