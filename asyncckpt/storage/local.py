@@ -19,6 +19,8 @@ from asyncckpt.storage.files import LocalHold, LocalReadable, LocalWritable, nam
 from asyncckpt.storage.posix import O_DIRECT, Posix
 
 log = logging.getLogger("asyncckpt")
+_TRIES = 20
+"""Times that a folder is made anew which somebody else removes."""
 
 
 class LocalStorage:
@@ -103,11 +105,22 @@ class LocalStorage:
         step, _, _ = folder.partition("/")
         self.make_root()
         with named("make", self.path(folder)):
-            self._make_folder(self.path(step))
             if shared:
-                self._make_folder(self.path(folder))
+                self._make_shared(self.path(step), self.path(folder))
             else:
+                self._make_folder(self.path(step))
                 self.posix.mkdir(self.path(folder))
+
+    def _make_shared(self, step: str, folder: str) -> None:
+        """Of several ranks: rank 0 may clear the step's folder, and remove it, until this is in it."""
+        for left in reversed(range(_TRIES)):
+            self._make_folder(step)
+            try:
+                self._make_folder(folder)
+                return
+            except FileNotFoundError:
+                if not left:
+                    raise
 
     def _make_folder(self, path: str) -> None:
         if self.posix.is_directory(path):

@@ -301,3 +301,20 @@ def test_what_the_page_cache_holds_is_read_through_it_unless_the_disk_is_asked(t
         opened.close()
         assert bytes(buffer) == data
         assert set(posix.direct) == {not cached}
+
+
+def test_a_rank_gets_its_folder_though_that_of_the_step_is_cleared_meanwhile(tmp_path: Path) -> None:
+    """Rank 0 removes what an earlier save of the step has left, and the empty folder, while another rank begins."""
+
+    class Cleared(Posix):
+        times = 3
+
+        def mkdir(self, path: str) -> None:
+            if path.endswith("/0123456789ab") and self.times:
+                self.times -= 1
+                os.rmdir(os.path.dirname(path))
+            super().mkdir(path)
+
+    storage = LocalStorage(str(tmp_path / "run"), Cleared())
+    storage.begin(FOLDER, shared=True)
+    assert storage.list("step-00000001") == ["0123456789ab"]
