@@ -304,8 +304,8 @@ class Session:
                     self.tally.direct_io = reply.direct
                     self.tally.codec, self.tally.rates = reply.codec, reply.rates
                     self._tell_nonfinite(handle.step, reply.nonfinite)
-                case m.Failed():
-                    handle.finish("failed", reply.fault.error())
+                case m.Failed():  # of what another rank has failed of, if of that: its end took the files from here
+                    handle.finish("failed", flight.error or reply.fault.error())
                 case m.Dropped() if flight.error is not None:
                     handle.finish("failed", flight.error)
                 case m.Dropped():

@@ -165,7 +165,8 @@ def test_a_failed_save_is_raised_on_every_rank_at_the_same_step(tmp_path, nurser
         assert all_save(world, 1) == [None] * 3
         assert world.all("ended", [1], step=1) == [True]  # the others may not know it yet
         answers = all_save(world, 2)
-        assert all(isinstance(answer, RankFailed) and "No space left" in str(answer) for answer in answers), answers
+        assert all(isinstance(answer, RankFailed) for answer in answers), answers
+        assert any("No space left" in str(answer) for answer in answers), answers  # or: its files were gone by then
         assert all_save(world, 3) == [None] * 3
         assert [end for end, _ in outcomes(world, 3, range(3))] == ["committed"] * 3
         assert examined(tmp_path / "run") == [3]
