@@ -12,6 +12,8 @@ import os, resource, signal, sys, threading
 import torch, asyncckpt
 
 folder, writer, how, *program = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and shells start tests with these ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ckpt = asyncckpt.Checkpointer(folder, writer=writer, overlap=True)
 handle = ckpt.save(1, {"x": torch.arange(100000.0)})
 pid = ckpt.stats().writer_pid
