@@ -7,11 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.processes import Trainer
 
 settings.register_profile(
     "asyncckpt", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -41,3 +42,17 @@ def nothing_is_unpickled() -> Iterator[None]:
     _unpickled.clear()
     yield
     assert not _unpickled
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Trainer]]:
+    """Starts trainers: see `Trainer`. Those that still run at the end are killed."""
+    started: list[Trainer] = []
+
+    def start(source: str, *arguments: object) -> Trainer:
+        started.append(Trainer(source, *arguments))
+        return started[-1]
+
+    yield start
+    for trainer in started:
+        trainer.close()

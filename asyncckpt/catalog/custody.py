@@ -145,6 +145,19 @@ class Custody:
         except (CorruptCheckpointError, CheckpointNotFoundError):
             return None
 
+    def publish(self, manifest: Manifest, *, replace: bool) -> str | None:
+        """Commit what `manifest` names, which is durable, names included; the attempt whose place it took, if any.
+
+        Raises:
+            FileExistsError: this step is committed, and not to be replaced.
+            ConflictError: the run is not this writer's any more.
+        """
+        replaced = self.attempt_of(manifest.step) if replace else None
+        self.check()
+        self.storage.publish(f"{names.step_name(manifest.step)}/{names.MANIFEST}", encode(manifest), replace=replace)
+        self.verified.add(manifest.step)
+        return replaced
+
     def after_commit(self, manifest: Manifest, replaced: str | None) -> list[int]:
         """Remove the attempt that a commit replaced; apply retention. Returns the steps retired."""
         if replaced is not None and replaced != manifest.attempt:

@@ -1,9 +1,18 @@
 """The background service: torch-free, the same in a process of its own and on a thread in the trainer.
 
 messages  the records that trainer and service exchange
-pipeline  one save: chunks from the arena, hashed and written; records; publish
+pipeline  one save: chunks from the arena, hashed and written; records
+parts     one part of it, raw or coded; `finite` looks for NaN and inf, `meter` at how fast it goes
+ranks     the share of one of several ranks
 retention what goes after a commit
-service   the queue of saves, ownership, retention; asyncio orchestrates, threads move bytes
+mirror    the queue of what is to be copied to a second storage; `copying` copies one step, `sidecars` what may change
+          after a commit, `journal` writes down what is there already
+service   the queue of saves, ownership, publishing; asyncio orchestrates, threads move bytes
 workers   those threads
 client    the trainer's end: starts the service, speaks to it, notices its death
+
+Without a service, for other libraries' savers and for conversions:
+author    owns a run for one commit
+streams   an image written from front to back
+incoming  a part of another format, as such an image
 """

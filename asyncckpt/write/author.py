@@ -15,7 +15,7 @@ from asyncckpt.catalog.custody import Custody
 from asyncckpt.catalog.ownership import RunLock
 from asyncckpt.errors import CheckpointError, CheckpointExistsError
 from asyncckpt.format import names
-from asyncckpt.format.manifest import FileRecord, Manifest, encode
+from asyncckpt.format.manifest import FileRecord, Manifest
 from asyncckpt.storage.local import LocalStorage
 
 log = logging.getLogger("asyncckpt")
@@ -76,7 +76,6 @@ class Author:
             CheckpointExistsError: somebody has committed this step meanwhile.
         """
         custody = self._custody
-        replaced = custody.attempt_of(draft.step) if draft.replace else None
         manifest = Manifest(
             step=draft.step,
             attempt=draft.attempt,
@@ -86,9 +85,8 @@ class Author:
             files=dict(sorted(files.items())),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
-        key = f"{names.step_name(draft.step)}/{names.MANIFEST}"
         try:
-            self._storage.publish(key, encode(manifest), replace=draft.replace)
+            replaced = custody.publish(manifest, replace=draft.replace)
         except FileExistsError:
             raise _exists(draft.step) from None
         custody.active.discard(draft.folder)

@@ -29,7 +29,7 @@ from asyncckpt.errors import (
     StorageError,
 )
 from asyncckpt.format import names
-from asyncckpt.format.manifest import Manifest, encode
+from asyncckpt.format.manifest import Manifest
 from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.base import Storage
 from asyncckpt.storage.local import LocalStorage
@@ -451,7 +451,6 @@ class Service:
 
     def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:
         begin = save.begin
-        replaced = custody.attempt_of(begin.step) if begin.replace else None
         manifest = Manifest(
             step=begin.step,
             attempt=prepared.attempt,
@@ -465,11 +464,7 @@ class Service:
             exports=begin.exports,
             finite=prepared.finite(begin.exports),
         )
-        key = f"{names.step_name(begin.step)}/{names.MANIFEST}"
-        custody.check()
-        self._storage.publish(key, encode(manifest), replace=begin.replace)
-        custody.verified.add(begin.step)
-        return manifest, replaced
+        return manifest, custody.publish(manifest, replace=begin.replace)
 
     def _progress(self, save: Save) -> None:
         number = save.begin.save

@@ -7,6 +7,7 @@
 What they write is an ordinary checkpoint, durable, digested and without pickle. What a Checkpointer saved they read.
 
 keys     how the names that DCP gives to values stand to parts and paths
+shares   what each rank has of a part, as DCP's plans say it
 writing  Writer
 reading  Reader
 staging  Stager
