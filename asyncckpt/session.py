@@ -84,6 +84,8 @@ class Session:
         self._flights: dict[int, Flight] = {}
         self._numbers = itertools.count(1)
         self._shared: set[int] = set()
+        self._known: dict[str, m.Known] = {}
+        """Of the save that was committed last, where none has come to nothing since."""
         self._failed: list[SaveHandle] = []
         self._waiters = 0
         self._nonfinite = ""
@@ -190,6 +192,7 @@ class Session:
                 writer = self._link.ensure()
                 with self._changed:
                     if writer is self._link.writer:
+                        known = {} if self._flights else self._known
                         self._flights[flight.number] = flight
                         break
             if arena.id not in self._shared:
@@ -199,9 +202,9 @@ class Session:
             spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
             about = handle.step, arena.id, spans, replace, metrics, what.omitted, exports, member
             writer.send(m.Begin(flight.number, *about))
-            staged = lambda upto: writer.send(m.Staged(flight.number, upto))  # noqa: E731
+            staged = lambda upto, same: writer.send(m.Staged(flight.number, upto, same))  # noqa: E731
             flight.snapshot = self._snapshotter.take(
-                what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error)
+                what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error), known
             )
         except BaseException as error:
             if flight is not None and flight.number in self._flights:
@@ -295,6 +298,7 @@ class Session:
         with self._changed:  # whoever sees the outcome finds the place in the queue free
             if flight.released:
                 return
+            self._known = reply.known if isinstance(reply, m.Committed) else {}
             match reply:
                 case m.Committed():
                     writing = (reply.write_begin, reply.write_end, reply.commit_end, reply.size, reply.written)
@@ -327,6 +331,7 @@ class Session:
     def _writer_ended(self, reason: str) -> None:
         with self._changed:
             self._shared.clear()
+            self._known = {}
             self.mirror.writer_ended(reason)
             flights = [f for f in self._flights.values() if not f.released]
         for flight in flights:

@@ -54,7 +54,7 @@ class Stats:
     step_seconds: float | None
     """One step while no save is in flight; None before one was measured."""
     save_tax: float | None
-    """What a save costs the training: waits, and slower steps until it is over; the median of the last five."""
+    """What a save costs the training: waits, and slower steps until it is over; the mean of the last five."""
     interval: Interval | None
     """What `Auto` has chosen, and why; None while it measures, and with any other cadence."""
     arena_bytes: int

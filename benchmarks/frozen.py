@@ -1,8 +1,8 @@
 """What a save costs where nearly nothing changes: `python -m benchmarks.frozen`.
 
-A model of 24 frozen layers of 2048 x 2048 with adapters of rank 16 beside them, and AdamW over the adapters: 4.5 % of
-the state is trained. Two Checkpointers save it in turn after each step: one raw, one with the codec; the first three
-saves are not counted, for the frozen chunks are written in two of them.
+A model of 24 (`--layers`) frozen layers of 2048 x 2048 with adapters of rank 16 beside them, and AdamW over the
+adapters: 4.5 % of the state is trained. Two Checkpointers save it in turn after each step: one raw, one with the
+codec; the first three saves are not counted, for the frozen chunks are written in two of them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Layer(nn.Module):
         return self.frozen(x) + self.up(self.down(x))
 
 
-def run(directory: Path, codec: Any, saves: int) -> list[dict[str, Any]]:
+def run(directory: Path, codec: Any, saves: int, layers: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    model = nn.Sequential(*(Layer(2048, 16) for _ in range(24)))
+    model = nn.Sequential(*(Layer(2048, 16) for _ in range(layers)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     state = {"model": model, "optimizer": optimizer}
     rows = []
@@ -89,12 +89,13 @@ def main() -> None:
     parser.add_argument("--directory", default=".", help="on the disk that is written to")
     parser.add_argument("--codec", default="zstd", choices=["zstd", "delta"])
     parser.add_argument("--saves", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(2)
     begun = time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory(dir=args.directory) as folder:
-        rows = run(Path(folder), args.codec, args.saves)
-    head = {"machine": describe(Path(args.directory)), "date": begun, "cores": os.cpu_count()}
+        rows = run(Path(folder), args.codec, args.saves, args.layers)
+    head = {"machine": describe(Path(args.directory)), "date": begun, "cores": os.cpu_count(), "layers": args.layers}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
     print(table(rows))

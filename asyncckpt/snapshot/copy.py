@@ -8,6 +8,7 @@ begins while copying goes on.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import math
 import threading
@@ -17,6 +18,7 @@ from functools import partial
 import torch
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.format.image import Entry
 from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.plan import PartPlan
@@ -34,8 +36,15 @@ Piece = tuple[int, Callable[[], None]]
 """Where in the arena something begins, and the call that puts it there."""
 
 
-def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> list[Piece]:
-    """The pieces that copy the sources `which` of a part whose image begins at `base`."""
+def pieces(
+    plan: PartPlan, which: Iterable[int], base: int, arena: Arena, but: Sequence[tuple[int, int]] = ()
+) -> list[Piece]:
+    """The pieces that copy the sources `which` of a part whose image begins at `base`.
+
+    Somebody else sees to the ranges `but` of the image: they are in order, and hold only tensors in CPU memory that are
+    contiguous and not cast.
+    """
+    ends = [end for _, end in but]
     small: list[tuple[int, torch.Tensor, torch.dtype]] = []
     found: list[Piece] = []
     for i in which:
@@ -47,6 +56,8 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> lis
         dtype = source.cast or data.dtype
         if data.device.type != "cpu" or not source.contiguous:
             found.append((offset, partial(_place(arena, offset, data.shape, dtype).copy_, data)))  # type: ignore[arg-type]
+        elif entry.nbytes <= SMALL and source.cast is None and _within(entry, but, ends):
+            continue
         elif entry.nbytes <= SMALL:
             small.append((offset, data.view(-1), dtype))
         elif source.cast is not None:
@@ -56,14 +67,32 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> lis
                 cast = partial(_cast, target[start : start + step], data.view(-1)[start : start + step])
                 found.append((offset + start * dtype.itemsize, cast))
         else:
-            for start in range(0, entry.nbytes, SLICE):
-                size = min(SLICE, entry.nbytes - start)
-                found.append((offset + start, partial(_move, arena.address + offset + start, source.data, start, size)))
+            for begin, end in _outside(entry, but, ends):
+                for start in range(begin, end, SLICE):
+                    move = partial(_move, arena.address + offset + start, source.data, start, min(SLICE, end - start))
+                    found.append((offset + start, move))
     small.sort(key=lambda item: item[0])
     for offset, run, dtype in _runs(small):
         items = sum(t.numel() for t in run)
         found.append((offset, partial(_copy_many, _place(arena, offset, (items,), dtype), run)))
     return found
+
+
+def _outside(entry: Entry, but: Sequence[tuple[int, int]], ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The ranges of an entry, from its begin, that lie in none of `but`, whose ends are `ends`."""
+    position, last = entry.offset, entry.offset + entry.nbytes
+    for begin, end in but[bisect.bisect_right(ends, position) :]:
+        if begin >= last:
+            break
+        if position < begin:
+            yield position - entry.offset, begin - entry.offset
+        position = max(position, end)
+    if position < last:
+        yield position - entry.offset, entry.nbytes
+
+
+def _within(entry: Entry, but: Sequence[tuple[int, int]], ends: Sequence[int]) -> bool:
+    return next(_outside(entry, but, ends), None) is None
 
 
 def _runs(
@@ -92,21 +121,22 @@ def _place(arena: Arena, offset: int, shape: Sequence[int], dtype: torch.dtype) 
 
 
 def _move(target: int, source: torch.Tensor, start: int, size: int) -> None:
-    ctypes.memmove(target, _address(source) + start, size)
+    ctypes.memmove(target, address_of(source) + start, size)
 
 
 def _cast(target: torch.Tensor, source: torch.Tensor) -> None:
-    _address(source)
+    address_of(source)
     torch._foreach_copy_(list(target.split(_GRAIN)), list(source.split(_GRAIN)))  # type: ignore[no-untyped-call]
 
 
 def _copy_many(target: torch.Tensor, sources: list[torch.Tensor]) -> None:
     for source in sources:
-        _address(source)
+        address_of(source)
     torch.cat(sources, out=target)
 
 
-def _address(source: torch.Tensor) -> int:
+def address_of(source: torch.Tensor) -> int:
+    """Where its memory begins, which may have been freed since it was looked at."""
     address = source.data_ptr()
     if not address:
         raise CheckpointError("the memory of a tensor was freed while it was being copied")

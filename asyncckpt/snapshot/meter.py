@@ -17,12 +17,15 @@ from torch.optim import Optimizer
 from asyncckpt.policy.cadence import Measured
 from asyncckpt.policy.overlap import OverlapTrial
 
-_QUIET = 128
+_QUIET = 32
 """Steps with nothing in flight that are remembered."""
+_SHORTER = 0.85
+"""No save makes steps shorter: where those in flight take less than this share of what is usual, that is over."""
 _LOOK = 16
 """Steps after which what is usual is reckoned anew."""
 _RECENT = 5
-"""Saves that the reported costs are the median of."""
+"""Saves that the reported costs are the mean of: what all of them cost is to be bounded. None counts for more than its
+flight."""
 _PAUSE = 10.0
 """A step of this many usual ones, an evaluation in between, say, is not what is usual, and no cost of a save."""
 
@@ -80,7 +83,7 @@ class StepMeter:
         costs = list(self._costs) or ([self._first] if self._first is not None else [])
         return Measured(
             step=self._usual,
-            tax=statistics.median(tax for tax, _ in costs) if costs else self._newest_blocked,
+            tax=statistics.fmean(tax for tax, _ in costs) if costs else self._newest_blocked,
             to_committed=statistics.median(flight for _, flight in costs) if costs else None,
             saves=self._saves,
             in_flight=self._window is not None and self._window.flight is None,
@@ -103,8 +106,8 @@ class StepMeter:
         if not self._told_of_steps:
             self._told_of_steps = True
             self._last, self._window = None, None
-            self._quiet.clear()
-            self._quiet_steps, self._usual, self._longest = 0, None, float("inf")
+            self._quiet_steps = 0
+            self._forget_steps()
         self._boundary()
 
     def _boundary(self) -> None:
@@ -161,12 +164,19 @@ class StepMeter:
         if self._per_step is None:
             self._per_step = not self._quiet
         steps = [min(step, self._longest) for step in window.steps]
+        if self._usual is not None and statistics.fmean(steps) < _SHORTER * self._usual:
+            self._forget_steps()  # a warm-up is over, say: beside its steps each save would look free
+            return
         wall = window.waited + sum(steps)
         excess = wall - len(steps) * (self._usual or 0.0)
         if self.trial is not None:
             self.trial.record(window.overlapped, wall / len(steps) if self._per_step else excess)
         if window.flight is not None and self._quiet:  # nothing is slower for a save than its flight is long
             self._count(max(window.waited, min(excess, window.flight)), window.flight)
+
+    def _forget_steps(self) -> None:
+        self._quiet.clear()
+        self._usual, self._longest = None, float("inf")
 
     def _look(self) -> None:
         """Reckon what is usual."""

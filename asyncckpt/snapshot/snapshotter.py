@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,8 +27,10 @@ from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.describe import Describer, Description, Part
+from asyncckpt.snapshot.known import Chunk, Comparison, chunks_of, marks_of
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
+from asyncckpt.write.messages import Known, Same
 from asyncckpt.write.workers import DaemonPool
 
 log = logging.getLogger("asyncckpt")
@@ -41,6 +44,9 @@ class _Program:
     base: int
     eager: list[Piece]
     late: list[Piece]
+    marks: bytes = b""
+    """Of which chunks digests were known when it was made."""
+    comparison: Comparison | None = None
 
 
 @dataclass
@@ -161,12 +167,18 @@ class Snapshotter:
         what: Description,
         arena: Arena,
         overlap: bool,
-        staged: Callable[[int], None],
+        staged: Callable[[int, list[Same]], None],
         ended: Callable[[BaseException | None], None],
+        known: Mapping[str, Known] | None = None,
     ) -> Snapshot:
-        """Start the copies. `staged` and `ended` may be called from other threads, and before this returns."""
+        """Start the copies. `staged` and `ended` may be called from other threads, and before this returns.
+
+        Chunks of `known` parts that are still what they were are not copied, where everything is in CPU memory: with
+        how far the arena is what it will stay, `staged` is told those that had been found the same by then.
+        """
         owned = self._owned_by(what.optimizers) if overlap else None
         device = DeviceCopies(self._streams)
+        same: deque[Same] = deque()
         now: list[Piece] = [
             (what.trees_offset, partial(_put, arena, what.trees_offset, what.trees)),
             *(
@@ -185,12 +197,17 @@ class Snapshotter:
             if size
         }
         at_once = arena.ready or not any(split.late for split in splits.values())
+        on_gpus = {
+            name: {i for i, source in enumerate(what.parts[name].plan.sources) if source.data.device.type == "cuda"}
+            for name in splits
+        }
+        if known is None or not arena.ready or any(on_gpus.values()):
+            known = {}
         for name, base, size in what.spans:
             if not size:
                 continue
-            part, split = what.parts[name], splits[name]
+            part, split, on_gpu = what.parts[name], splits[name], on_gpus[name]
             plan = part.plan
-            on_gpu = {i for i, source in enumerate(plan.sources) if source.data.device.type == "cuda"}
             if on_gpu:
                 pin(arena)
                 device.enqueue(plan, [i for i in split.eager if i in on_gpu], base, arena)
@@ -199,7 +216,8 @@ class Snapshotter:
                 detached = _detach_eager(plan, split.eager)
                 at_once = detached is None
                 plan = detached or plan
-            program = self._program(part, plan, split, base, arena)
+            comparison = Comparison(name, known[name], same) if name in known else None
+            program = self._program(part, plan, split, base, arena, comparison)
             now.extend(program.eager)
             later.extend(program.late)
             if split.late:
@@ -210,7 +228,11 @@ class Snapshotter:
             device.enqueue(plan, which, base, arena)
         device.mark()
         overlapped = bool(later) or any(which for _, _, which in on_device)
-        snapshot = Snapshot(self, owned.params if owned else frozenset(), looks, device_looks, device, staged, ended)
+
+        def tell(upto: int) -> None:
+            staged(upto, [same.popleft() for _ in range(len(same))])
+
+        snapshot = Snapshot(self, owned.params if owned else frozenset(), looks, device_looks, device, tell, ended)
         end = what.trees_offset + len(what.trees)
         if not overlapped:
             self._all_hands(snapshot.start(now + later, end, arena))
@@ -256,16 +278,28 @@ class Snapshotter:
             return not any(t.is_inference() for t in source.live)
         return all(owned.covers(t) for t in source.live)
 
-    def _program(self, part: Part, plan: PartPlan, split: _Split, base: int, arena: Arena) -> _Program:
+    def _program(
+        self, part: Part, plan: PartPlan, split: _Split, base: int, arena: Arena, comparison: Comparison | None
+    ) -> _Program:
         """The pieces that copy a part; kept while nothing of it changes."""
-        known = split.programs.get(arena)
-        if known is not None and known.base == base and plan is part.plan:
-            return known
+        marks = b"" if comparison is None else marks_of(comparison.known)
+        program = split.programs.get(arena)
+        if program is not None and program.base == base and program.marks == marks and plan is part.plan:
+            if comparison is not None and program.comparison is not None:
+                program.comparison.known, program.comparison.same = comparison.known, comparison.same
+            return program
+        compared: list[Chunk] = [] if comparison is None else list(chunks_of(plan, comparison.known))
+        but = [(chunk.start, chunk.end) for chunk in compared]
         on_host = [source.data.device.type != "cuda" for source in plan.sources]
         eager, late = (
-            pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late)
+            pieces(plan, [i for i in which if on_host[i]], base, arena, but) for which in (split.eager, split.late)
         )
-        made = _Program(base, eager, late)
+        if comparison is not None:
+            waits = frozenset(split.late)
+            for chunk in compared:
+                piece = comparison.piece(chunk, plan, base, arena)
+                (late if all(s.source in waits for s in chunk.segments) else eager).append(piece)
+        made = _Program(base, eager, late, marks, comparison)
         if plan is part.plan:
             split.programs[arena] = made
         return made

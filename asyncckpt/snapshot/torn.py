@@ -7,7 +7,6 @@ are compared as well: an update of whole tensors is found, one of a few rows may
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Sequence
 
@@ -15,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from asyncckpt.snapshot.memory import FIRST, SPACE
 from asyncckpt.snapshot.plan import is_dense
 
 Integers = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 _WORDS = 8192
 _seeds = itertools.count()
-_FIRST = 4096
-_MEMORY: Words = np.frombuffer(memoryview((ctypes.c_uint8 * ((1 << 47) - _FIRST)).from_address(_FIRST)), np.uint32)
-"""All of this process's address space from `_FIRST` on, so that words of many tensors are read by one call."""
+_MEMORY: Words = np.frombuffer(SPACE, np.uint32)
+"""So words of many tensors are read by one call."""
 
 
 class Watched:
@@ -61,7 +60,7 @@ class Watched:
         return found
 
     def _words(self, pointers: Integers, which: Integers, offsets: Integers) -> Words:
-        return _MEMORY.take((pointers[which, None] - _FIRST) // 4 + offsets)
+        return _MEMORY.take((pointers[which, None] - FIRST) // 4 + offsets)
 
 
 class Look:

@@ -15,6 +15,8 @@ import msgspec
 from asyncckpt.catalog import notes
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
+from asyncckpt.format.digests import digest
+from asyncckpt.format.image import header_size
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
 from asyncckpt.storage.places import open_storage
@@ -77,6 +79,8 @@ class ServiceDriver:
         self._replies: list[m.Reply] = []
         self._events: dict[int, Event] = {}
         self._dead: str | None = None
+        self._unfinished = 0
+        self._known: dict[str, m.Known] = {}
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
         self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank, options=options))
@@ -118,19 +122,41 @@ class ServiceDriver:
         for span in spans:
             memory[span.offset : span.offset + span.size] = value[span.part][0]
         memory[position : position + len(text) + len(shares)] = text + shares
+        same = self._leave_out(spans, memory)
         event = Saved(step, content or content_of_value(value))
         self._events[number] = event
         self._note(Saving(step, event.content))
         self._writer.share(_Arena(number, len(memory), None, memory))
         self._writer.send(m.Begin(number, step, number, spans, replace, member=member))
-        self._writer.send(m.Staged(number, position))
+        self._writer.send(m.Staged(number, position, same))
         self._writer.send(m.Seal(number, position, len(text), len(shares)))
         return number
+
+    def _leave_out(self, spans: list[m.Span], memory: memoryview) -> list[m.Same]:
+        """What is the same as in the last save is not given to the service, as a trainer does it: only its digest."""
+        self._unfinished += 1
+        known = self._known if self._unfinished == 1 else {}
+        same = []
+        for span in spans:
+            about = known.get(span.part)
+            if about is None or about.size != span.size:
+                continue
+            header = header_size(bytes(memory[span.offset : span.offset + 8]), span.size)
+            for index, start in enumerate(range(0, span.size, about.chunk_size)):
+                end = min(start + about.chunk_size, span.size)
+                found = digest(memory[span.offset + start : span.offset + end])
+                if bytes.fromhex(found) == about.digests[16 * index : 16 * (index + 1)]:
+                    same.append(m.Same(span.part, index, found))
+                    wiped = max(start, min(header, end)), end
+                    memory[span.offset + wiped[0] : span.offset + wiped[1]] = b"\xdd" * (wiped[1] - wiped[0])
+        return same
 
     def finish(self, number: int) -> m.Committed:
         """Wait for the end of a save."""
         reply = self._await(lambda r: isinstance(r, m.Committed | m.Failed | m.Dropped) and r.save == number)
         self._writer.send(m.Forget(number))
+        self._unfinished -= 1
+        self._known = reply.known if isinstance(reply, m.Committed) else {}
         if isinstance(reply, m.Failed):
             raise reply.fault.error()
         assert isinstance(reply, m.Committed)

@@ -3,11 +3,13 @@
 messages  the records that trainer and service exchange
 pipeline  one save: chunks from the arena, hashed and written; records
 parts     one part of it, raw or coded; `finite` looks for NaN and inf, `meter` at how fast it goes
+bases     what was committed last of a part: to share, to differ from, to be left out
 ranks     the share of one of several ranks
 retention what goes after a commit
 mirror    the queue of what is to be copied to a second storage; `copying` copies one step, `sidecars` what may change
           after a commit, `journal` writes down what is there already
-service   the queue of saves, ownership, publishing; asyncio orchestrates, threads move bytes
+committing one save after the other: attempts, publishing, what the next may hang on
+service   the queue of saves, ownership, commands; asyncio orchestrates, threads move bytes
 workers   those threads
 client    the trainer's end: starts the service, speaks to it, notices its death
 

@@ -138,11 +138,29 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
     member: Member | None = None
 
 
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """What is known of an image of `size` bytes that was committed: of each chunk of `chunk_size` bytes 16 bytes of
+    `digests`, its xxh3_128, or zeros where its bytes have to come again in any case."""
+
+    size: int
+    chunk_size: int
+    digests: bytes
+
+
+class Same(msgspec.Struct, frozen=True, array_like=True):
+    """Chunk `index` of the image of `part` has this digest, which is `Known`: its bytes are not in the arena."""
+
+    part: str
+    index: int
+    digest: str
+
+
 class Staged(msgspec.Struct, tag=True, frozen=True):
-    """The first `upto` bytes of the arena are what they will stay."""
+    """The first `upto` bytes of the arena are what they will stay, but for those of chunks that are the `same`."""
 
     save: int
     upto: int
+    same: list[Same] = []
 
 
 class Seal(msgspec.Struct, tag=True, frozen=True):
@@ -260,7 +278,8 @@ class Committed(msgspec.Struct, tag=True, frozen=True):
     """Durable and published. Times are `time.time()`; `size` counts the bytes of all files.
 
     `written` counts those of files that are new; `codec` is how, and `rates` what that takes.
-    `nonfinite` says, for a person, which tensors hold NaN or inf.
+    `nonfinite` says, for a person, which tensors hold NaN or inf. Of `known` parts the next save may leave out what is
+    the same, if no other save is begun before it.
     """
 
     save: int
@@ -273,6 +292,7 @@ class Committed(msgspec.Struct, tag=True, frozen=True):
     codec: str
     rates: Rates
     nonfinite: str = ""
+    known: dict[str, Known] = {}
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):

@@ -5,7 +5,6 @@ Writers of parts are made, used and finished on worker threads; `write` is calle
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,23 +15,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from asyncckpt.errors import CorruptCheckpointError, StorageError
+from asyncckpt.errors import StorageError
 from asyncckpt.format import names
 from asyncckpt.format.digests import digest, digest_of_chunks
 from asyncckpt.format.image import Entry
 from asyncckpt.format.manifest import Chunk, FileRecord, PartRecord
 from asyncckpt.format.pieces import DELTA, PAGE, Piece, Shared, digests_of_files
-from asyncckpt.read.pieces import Bench, PieceReader
-from asyncckpt.storage.base import ReadableFile, Storage, WritableFile
+from asyncckpt.read.pieces import Bench
+from asyncckpt.storage.base import Storage, WritableFile
+from asyncckpt.write.bases import Base, BaseGone
 from asyncckpt.write.meter import Meter
 
 if TYPE_CHECKING:  # numpy is loaded only where something is coded
     from asyncckpt.codec import Layout, Run
-
-log = logging.getLogger("asyncckpt")
-
-SHARED_BY = 50
-"""Checkpoints that share a file of unchanged chunks before these are written anew: one damaged inode can't take all."""
 
 NO_TREE = msgspec.Raw(b"null")
 
@@ -71,6 +66,9 @@ class PartWriter(Protocol):
     def write(self, index: int, data: memoryview) -> None:
         """Take chunk `index`."""
 
+    def same(self, index: int, length: int, found: str) -> None:
+        """Take chunk `index`, of so many bytes, as it was committed last, with the digest `found`."""
+
     def finish(self) -> WrittenPart:
         """Return only when all bytes are durable."""
 
@@ -94,6 +92,9 @@ class RawPart:
         if self._trial is not None:
             self._trial.see(index, data)
 
+    def same(self, index: int, length: int, found: str) -> None:
+        raise StorageError(f"chunk {index} of {self._place.part!r} was left out of a save that is stored raw")
+
     def finish(self) -> WrittenPart:
         place = self._place
         direct = getattr(self._file, "direct", False)
@@ -106,15 +107,6 @@ class RawPart:
 
     def abort(self) -> None:
         self._file.abort()
-
-
-@dataclass(frozen=True)
-class Base:
-    """A part as it was committed last: where its files lie, its record, and what the manifest says of them."""
-
-    folder: str
-    record: PartRecord
-    files: dict[str, FileRecord]
 
 
 @dataclass(frozen=True)
@@ -178,10 +170,6 @@ class Trial:
                 encode(bench, data, self._layout.runs(start, start + len(data)), None, self._coding, self._place.meter)
 
 
-class BaseGone(Exception):
-    """A file that was to be shared is not there any more, or can't be: write the save anew, without a base."""
-
-
 class CodedPart:
     """Chunks coded one by one, in a file for those that have changed, and one for those that have not.
 
@@ -190,38 +178,69 @@ class CodedPart:
     as the difference from what it was; then the files of the base are shared, too.
     """
 
-    def __init__(self, place: Place, coding: Coding, entries: Mapping[str, Entry], base: Base | None) -> None:
-        """`entries` are what the image holds, after its header."""
+    def __init__(
+        self, place: Place, coding: Coding, entries: Mapping[str, Entry], base: Base | None, origin: Base | None
+    ) -> None:
+        """`entries` are what the image holds, after its header; from `origin` comes what is the `same`."""
         self._place, self._coding = place, coding
         self._layout = _layout(place, entries)
-        self._base = base if base is not None and _fits(base.record, place) else None
-        self._live = _Growing(place, names.CODED, place.size if self._base is None else _live_size(self._base))
+        self._base = base if base is not None and base.fits(place.size, place.chunk_size) else None
+        self._origin = origin
+        self._live = _Growing(place, names.CODED, place.size if self._base is None else self._base.live_size)
         self._still = _Growing(place, names.STILL, 0)
         self._pieces: dict[int, list[tuple[str, Piece]]] = {}
         """By chunk, each piece with the name of its file."""
-        self._reader: _BaseReader | None = None
-        if self._base is not None and coding.max_chain:
-            self._reader = _BaseReader(place.storage, self._base)
 
     def write(self, index: int, data: memoryview) -> None:
         found = digest(data)
+        if self._shared(index, found):
+            return
         known = self._known(index)
         unchanged = bool(known) and known[-1][1].digest == found
-        if unchanged and all(self._shareable(name) for name, _ in known):
-            self._pieces[index] = known
-            return
-        start = index * self._place.chunk_size
-        runs = self._layout.runs(start, start + len(data))
         hangs = not unchanged and 0 < len(known) <= self._coding.max_chain
         with self._coding.bench() as bench:
             base = None
-            if hangs and self._reader is not None:
+            if hangs and self._base is not None:
                 with self._coding.cores:
-                    base = self._reader.read(index, len(data), bench)
-            codec, stored = encode(bench, data, runs, base, self._coding, self._place.meter)
-            target = self._still if unchanged else self._live
-            piece = Piece(codec, len(stored), found, 0, target.append(stored))
-        before = known if codec == DELTA else []
+                    base = self._base.read(index, len(data), bench)
+            self._store(index, data, found, base, self._still if unchanged else self._live, bench)
+
+    def same(self, index: int, length: int, found: str) -> None:
+        """Take chunk `index`, of so many bytes, for what it is in the origin: its digest there is `found`.
+
+        Raises:
+            StorageError: it is to be written anew, and can't be read there.
+        """
+        if self._shared(index, found):
+            return
+        with self._coding.bench() as bench:
+            data = None if self._origin is None else self._origin.read(index, length, bench)
+            if data is None or digest(data) != found:
+                raise StorageError(
+                    f"chunk {index} of {self._place.part!r} has not changed since the last save, and can't be read "
+                    "there any more; the next save has all of its own",
+                    retryable=True,
+                )
+            self._store(index, data, found, None, self._live, bench)
+
+    def _shared(self, index: int, found: str) -> bool:
+        """Whether the chunk lies, with this digest, in files that the base shares."""
+        known = self._known(index)
+        assert not known or self._base is not None
+        shared = bool(known) and known[-1][1].digest == found
+        shared = shared and all(self._base is not None and self._base.shareable(name) for name, _ in known)
+        if shared:
+            self._pieces[index] = known
+        return shared
+
+    def _store(
+        self, index: int, data: memoryview, found: str, base: memoryview | None, target: _Growing, bench: Bench
+    ) -> None:
+        start = index * self._place.chunk_size
+        runs = self._layout.runs(start, start + len(data))
+        codec, stored = encode(bench, data, runs, base, self._coding, self._place.meter)
+        piece = Piece(codec, len(stored), found, 0, target.append(stored))
+        before = self._known(index) if codec == DELTA else []
         self._pieces[index] = [*before, (target.name, piece)]
 
     def finish(self) -> WrittenPart:
@@ -243,24 +262,16 @@ class CodedPart:
         return WrittenPart(record, known, sum(files), self._live.direct or self._still.direct)
 
     def abort(self) -> None:
-        for file in (self._live, self._still, self._reader):
-            if file is not None:
-                file.abort()
+        for file in (self._live, self._still):
+            file.abort()
 
     def _known(self, index: int) -> list[tuple[str, Piece]]:
         """The pieces of the base."""
-        if self._base is None:
-            return []
-        record = self._base.record
-        return [(record.files[piece.file].name, piece) for piece in record.pieces(index)]
+        return [] if self._base is None else self._base.pieces(index)
 
     def _uses(self, name: str) -> int:
         """Checkpoints that held this file before."""
-        uses = {} if self._base is None else {file.name: file.uses + 1 for file in self._base.record.files}
-        return uses.get(name, 0)
-
-    def _shareable(self, name: str) -> bool:
-        return name.endswith(names.STILL) and self._uses(name) < SHARED_BY
+        return 0 if self._base is None else self._base.uses(name)
 
     def _share(self, name: str) -> int:
         """Give a file of the base a name in this attempt, too; its size."""
@@ -270,17 +281,6 @@ class CodedPart:
         except (FileNotFoundError, StorageError) as error:  # deleted meanwhile, or no more links, or none at all
             raise BaseGone(str(error)) from error
         return self._base.files[name].size
-
-
-def _fits(record: PartRecord, place: Place) -> bool:
-    """Whether chunks of the one may hang on chunks of the other."""
-    return bool(record.coded) and (record.size, record.chunk_size) == (place.size, place.chunk_size)
-
-
-def _live_size(base: Base) -> int:
-    """Bytes of the file for what had changed in `base`: about as many as there will be again."""
-    attempt = base.folder.rpartition("/")[2]
-    return sum(file.size for name, file in base.files.items() if name.endswith(f".{attempt}{names.CODED}"))
 
 
 class _Growing:
@@ -317,40 +317,3 @@ class _Growing:
     def abort(self) -> None:
         if self._file is not None:
             self._file.abort()
-
-
-class _BaseReader:
-    """Chunks of a base, read back. What can't be read is done without: the log says so, once."""
-
-    def __init__(self, storage: Storage, base: Base) -> None:
-        self._files: list[ReadableFile] = []
-        self._pieces: PieceReader | None = None
-        self._what, self._told = base.folder, False
-        try:
-            for file in base.record.files:
-                self._files.append(storage.open(f"{base.folder}/{file.name}"))
-            self._pieces = PieceReader(base.record, self._files)
-        except (FileNotFoundError, StorageError) as error:
-            self._do_without(error)
-
-    def read(self, index: int, length: int, bench: Bench) -> memoryview | None:
-        pieces = self._pieces  # another thread may do without it from now on
-        if pieces is None:
-            return None
-        target = bench.buffer("base", length)
-        try:
-            pieces.read_into(index, target, bench)
-        except (CorruptCheckpointError, StorageError) as error:
-            self._do_without(error)
-            return None
-        return target
-
-    def abort(self) -> None:
-        files, self._files, self._pieces = self._files, [], None
-        for file in files:
-            file.close()
-
-    def _do_without(self, error: Exception) -> None:
-        if not self._told:
-            log.warning("no differences from %s, which can't be read: %s", self._what, error)
-        self._told, self._pieces = True, None

@@ -22,9 +22,10 @@ from asyncckpt.format.image import Entry, header_size, parse_header
 from asyncckpt.format.manifest import CHUNK_SIZE, FileRecord, PartRecord, PrepareRecord, digest, encode
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
+from asyncckpt.write.bases import Base
 from asyncckpt.write.messages import Begin, Seal, Span
 from asyncckpt.write.meter import Meter
-from asyncckpt.write.parts import NO_TREE, Base, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
+from asyncckpt.write.parts import NO_TREE, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
 from asyncckpt.write.workers import Workers
 
 if TYPE_CHECKING:  # numpy is loaded only where it is wanted
@@ -44,6 +45,8 @@ class Save:
     begin: Begin
     memory: memoryview
     staged: int = 0
+    same: dict[tuple[str, int], str] = field(default_factory=dict)
+    """Digests of the chunks, by part and index, that were left out."""
     seal: Seal | None = None
     dropped: bool = False
     started: bool = False
@@ -116,12 +119,17 @@ class Attempt:
         codec: Name = "raw",
         coding: Coding | None = None,
         bases: Mapping[str, Base] | None = None,
+        origins: Mapping[str, Base] | None = None,
     ) -> None:
-        """`bases` are parts as they were committed last. With `codec` "raw" and `coding`, that is only tried."""
+        """`bases` are parts as they were committed last; `origins` too, where nothing is to hang on them any more.
+
+        With `codec` "raw" and `coding`, that is only tried.
+        """
         self._save, self._attempt = save, attempt
         self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
         self._storage, self._workers, self._progress = storage, workers, progress
         self._codec, self._coding, self._bases = codec, coding, bases or {}
+        self._origins = self._bases if origins is None else origins
         self._rank: int | None = None
         """Of one of several, whose share this is."""
         self.meter = Meter()
@@ -187,7 +195,8 @@ class Attempt:
         entries = await self._entries(span)
         if self._codec == "raw":
             return await self._workers.run(RawPart, place, Trial(place, self._coding, entries))
-        return await self._workers.run(CodedPart, place, self._coding, entries, self._bases.get(span.part))
+        base, origin = self._bases.get(span.part), self._origins.get(span.part)
+        return await self._workers.run(CodedPart, place, self._coding, entries, base, origin)
 
     async def _entries(self, span: Span) -> dict[str, Entry]:
         """What the image holds, once its header is staged."""
@@ -218,8 +227,12 @@ class Attempt:
         self, writer: PartWriter, index: int, span: Span, start: int, end: int, scan: FiniteScan | None
     ) -> None:
         try:
-            data = self._save.memory[span.offset + start : span.offset + end]
-            await self._workers.run(_hop, writer, index, start, data, scan)
+            same = self._save.same.get((span.part, index))
+            if same is not None:
+                await self._workers.run(writer.same, index, end - start, same)
+            else:
+                data = self._save.memory[span.offset + start : span.offset + end]
+                await self._workers.run(_hop, writer, index, start, data, scan)
         finally:
             self._slots.release()
         self._save.written += end - start

@@ -22,8 +22,9 @@ from asyncckpt.format.manifest import MAX_RECORD, FileRecord, PartRecord, digest
 from asyncckpt.format.ranks import RankRecord, SharePart, StoredShard, encode_rank_record, prepared
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
+from asyncckpt.write.bases import Base, BaseGone
 from asyncckpt.write.messages import Member
-from asyncckpt.write.parts import Base, BaseGone, Coding, WrittenPart
+from asyncckpt.write.parts import Coding, WrittenPart
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
 from asyncckpt.write.workers import Workers
 

@@ -12,10 +12,7 @@ import logging
 import mmap
 import os
 import threading
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from datetime import UTC, datetime
-from errno import EIO
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -29,26 +26,21 @@ from asyncckpt.errors import (
     StorageError,
 )
 from asyncckpt.format import names
-from asyncckpt.format.manifest import Manifest
-from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.base import Storage
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.places import open_storage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.write import messages as m
+from asyncckpt.write.committing import Committer, guarded
 from asyncckpt.write.mirror import Mirror
-from asyncckpt.write.parts import Base, BaseGone, Coding
-from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
-from asyncckpt.write.ranks import Share
+from asyncckpt.write.pipeline import DroppedSave, Save
 from asyncckpt.write.retention import Retention
-from asyncckpt.write.workers import Workers, available_cores
+from asyncckpt.write.workers import Workers
 
 log = logging.getLogger("asyncckpt")
 _PROGRESS_STEP = 64 << 20
 _TAKEOVER = 90.0
 """Seconds for which a mirror in an object store is waited for before it counts as owned by another."""
-_NAMED = 5
-"""Tensors of a part that a message names."""
 _LAST_ADVICE = 30.0
 """Seconds that a service which is to end still waits for the trainer to say what may go."""
 
@@ -68,10 +60,6 @@ class Service:
         self._waits: set[asyncio.Task[None]] = set()
         """On whom the end does not wait."""
         self._custody_lock = asyncio.Lock()
-        self._bases: dict[str, Base] = {}
-        """By part, what was committed last."""
-        self._using: Name = "raw"
-        self._rates = Rates()
         self._give_up = threading.Event()
         self._retention: Retention | None = None
         self._mirror: Mirror | None = None
@@ -109,6 +97,7 @@ class Service:
                 self._queue.put_nowait(save)
             case m.Staged():
                 if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
+                    save.same.update({(same.part, same.index): same.digest for same in message.same})
                     save.staged = message.upto
                     save.touch()
             case m.Seal():
@@ -210,11 +199,9 @@ class Service:
         except (CheckpointError, OSError, ValueError) as error:
             self._reply(m.Refused(m.Fault.of(error)))
             return
-        self._rank = open_.rank
-        self._codec, self._coding = open_.codec, self._coding_of(open_.codec)
-        self._using = "raw" if open_.codec.name == "auto" else open_.codec.name
+        self._rank, self._storage = open_.rank, storage
+        self._committer = Committer(storage, self._workers, open_, self._custody_of, self._progress, self._ready)
         if open_.rank:
-            self._storage, self._check_finite = storage, open_.check_finite
             self._reply(m.Opened(os.getpid()))
             await self._serve()
             return
@@ -231,7 +218,6 @@ class Service:
             except (CheckpointError, OSError) as error:
                 self._reply(m.Refused(m.Fault.of(error)))
                 return
-            self._storage, self._check_finite = storage, open_.check_finite
             self._retention = Retention(self._custody_of, open_.asks, self._workers, self._reply)
             if self._give_up.is_set():
                 self._retention.give_up()
@@ -239,7 +225,7 @@ class Service:
             if self._mirror is not None:
                 self._mirror.start()
             async with self._custody_of() as custody:  # commands may come already
-                await self._guarded("clearing leftovers", self._workers.run(custody.sweep))
+                await guarded("clearing leftovers", self._workers.run(custody.sweep))
             await self._serve()
         except BaseException:
             if self._mirror is not None:
@@ -279,7 +265,7 @@ class Service:
     def _mirror_landed(self, required: bool) -> None:
         """A step need not stay for the mirror any more."""
         if required and self._retention is not None:
-            self._spawn(self._guarded("retention", self._retention.again()))
+            self._spawn(guarded("retention", self._retention.again()))
 
     def _is_free(self, storage: Storage) -> bool:
         """Whether no other service owns the run, which this one has given up."""
@@ -301,12 +287,6 @@ class Service:
     def _open(self, open_: m.Open) -> Storage:
         return open_storage(open_.root, open_.options, posix=self._posix, direct=open_.direct)
 
-    def _coding_of(self, codec: Codec) -> Coding | None:
-        if codec.name == "raw":
-            return None
-        cores = codec.cores or available_cores()
-        return Coding.of(self._workers.count, cores, codec.max_chain if codec.name == "delta" else 0)
-
     async def _serve(self) -> None:
         """Write what comes, until Close."""
         while (save := await self._queue.get()) is not None:
@@ -315,17 +295,11 @@ class Service:
                 await self._write(save)
             elif save.begin.save in self._saves:
                 self._end(save, m.Dropped(save.begin.save))
+        self._committer.close()
         if self._retention is not None:
             asyncio.get_running_loop().call_later(_LAST_ADVICE, self._retention.give_up)
         while others := self._tasks - {asyncio.current_task()}:
             await asyncio.wait(others)
-
-    async def _guarded(self, what: str, work: Awaitable[None]) -> None:
-        """Housekeeping that fails is told, and harms no save."""
-        try:
-            await work
-        except (CheckpointError, OSError) as error:
-            log.warning("%s: %s", what, error)
 
     @contextlib.asynccontextmanager
     async def _custody_of(self) -> AsyncIterator[Custody]:
@@ -335,20 +309,12 @@ class Service:
     # One save
 
     async def _write(self, save: Save) -> None:
-        step = save.begin.step
+        step, member = save.begin.step, save.begin.member
         try:
-            try:
-                if save.begin.member is not None and save.begin.member.rank:
-                    self._end(save, await self._share(save, save.begin.member))
-                    return
-                committed = await self._attempt(save)
-            except (StorageError, BaseGone) as error:
-                if save.begin.member is not None or (isinstance(error, StorageError) and error.errno != EIO):
-                    raise
-                log.warning("step %d: %s; writing it once more under new names", step, error)
-                save.written = 0
-                self._bases.clear()
-                committed = await self._attempt(save)
+            if member is not None and member.rank:
+                self._end(save, await self._committer.share(save, member))
+                return
+            manifest, replaced, reply = await self._committer.commit(save)
         except DroppedSave:
             self._end(save, m.Dropped(save.begin.save))
         except FileExistsError:
@@ -357,114 +323,25 @@ class Service:
         except Exception as error:
             self._end(save, m.Failed(save.begin.save, m.Fault.of(error)))
         else:
-            manifest, replaced, reply = committed
             if self._mirror is not None:
                 self._mirror.committed(manifest, save.begin.save)
             self._end(save, reply)
             assert self._retention is not None
-            self._spawn(self._guarded("retention", self._retention.after_commit(manifest, replaced)))
+            self._spawn(guarded("retention", self._retention.after_commit(manifest, replaced)))
 
-    async def _attempt(self, save: Save) -> tuple[Manifest, str | None, m.Committed]:
-        begun, member, using = time.time(), save.begin.member, self._using
-        attempt = self._new_attempt(save) if member is None else self._new_share(save, member)
-        async with self._custody_of() as custody:
-            await self._workers.run(lambda: self._storage.begin(attempt.folder, shared=member is not None))
-            custody.active.add(attempt.folder)
-        try:
-            try:
-                prepared = await attempt.prepare()
-            except BaseExceptionGroup as group:
-                raise next(leaves(group)) from None
-            written = time.time()
-            async with self._custody_of() as custody:
-                await save.until(lambda: True)
-                attempt.last_call()
-                manifest, replaced = await self._workers.run(self._publish, custody, save, prepared)
-        except BaseException:
-            custody.active.discard(attempt.folder)
-            await self._guarded("clearing a failed attempt", self._workers.run(custody.sweep_step, save.begin.step))
-            raise
-        custody.active.discard(attempt.folder)
-        self._learn(attempt, prepared)
-        times = begun, written, time.time()
-        reply = m.Committed(
-            save.begin.save,
-            manifest.size,
-            *times,
-            direct=prepared.direct,
-            written=prepared.written,
-            codec=using,
-            rates=self._rates,
-            nonfinite=_listing(prepared.nonfinite),
-        )
-        return manifest, replaced, reply
-
-    def _learn(self, attempt: Attempt, prepared: Prepared) -> None:
-        """It is committed: what comes next may hang on it, and is stored as it has shown to be best."""
-        self._bases |= {part: Base(attempt.folder, w.record, w.files) for part, w in prepared.parts.items()}
-        self._rates = self._rates.then(attempt.meter.rates)
-        if self._codec.name == "auto":
-            self._using = choose(self._using, self._rates, self._codec.cores or available_cores())
-
-    def _new_attempt(self, save: Save) -> Attempt:
-        return Attempt(
-            save,
-            names.new_attempt(),
-            self._storage,
-            self._workers,
-            self._progress,
-            self._check_finite,
-            self._using,
-            self._coding,
-            self._bases,
-        )
-
-    def _new_share(self, save: Save, member: m.Member) -> Share:
-        ready = partial(self._reply, m.Ready(save.begin.save))
-        about = self._storage, self._workers, self._progress, self._check_finite
-        return Share(save, member, *about, self._using, self._coding, self._bases, ready)
-
-    async def _share(self, save: Save, member: m.Member) -> m.Committed:
-        """Write the share of a rank that is not the first, and wait for what rank 0's service decides."""
-        begun, share, using = time.time(), self._new_share(save, member), self._using
-        await self._workers.run(lambda: self._storage.begin(share.folder, shared=True))
-        try:
-            prepared = await share.prepare()
-        except BaseExceptionGroup as group:
-            raise next(leaves(group)) from None
-        written = time.time()
-        await share.decided()
-        self._learn(share, prepared)
-        size, times = sum(file.size for file in prepared.files.values()), (begun, written, time.time())
-        return m.Committed(save.begin.save, size, *times, prepared.direct, prepared.written, using, self._rates)
+    def _ready(self, save: Save) -> None:
+        self._reply(m.Ready(save.begin.save))
 
     def _release(self, step: int, attempt: str) -> None:
         """A save of several ranks has ended here, or will not begin: what it has left is a leftover now."""
         folder = f"{names.step_name(step)}/{attempt}"
         if self._rank == 0 and folder in self._custody.active:
             self._custody.active.discard(folder)
-            self._spawn(self._guarded("clearing a failed attempt", self._sweep_step(step)))
+            self._spawn(guarded("clearing a failed attempt", self._sweep_step(step)))
 
     async def _sweep_step(self, step: int) -> None:
         async with self._custody_of() as custody:
             await self._workers.run(custody.sweep_step, step)
-
-    def _publish(self, custody: Custody, save: Save, prepared: Prepared) -> tuple[Manifest, str | None]:
-        begin = save.begin
-        manifest = Manifest(
-            step=begin.step,
-            attempt=prepared.attempt,
-            sequence=custody.next_sequence(),
-            world=1 if begin.member is None else begin.member.world,
-            parts=[span.part for span in begin.spans],
-            files=prepared.files,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            metrics=dict(begin.metrics),
-            omitted=begin.omitted,
-            exports=begin.exports,
-            finite=prepared.finite(begin.exports),
-        )
-        return manifest, custody.publish(manifest, replace=begin.replace)
 
     def _progress(self, save: Save) -> None:
         number = save.begin.save
@@ -476,7 +353,7 @@ class Service:
 
     async def _trust(self, step: int) -> None:
         async with self._custody_of() as custody:
-            await self._guarded("trusting what was restored", self._workers.run(custody.trust, step))
+            await guarded("trusting what was restored", self._workers.run(custody.trust, step))
 
     async def _command(self, message: m.Delete | m.RewindTo) -> None:
         try:
@@ -507,13 +384,3 @@ def _map(fd: int, size: int) -> memoryview:
         return memoryview(mmap.mmap(fd, size))
     finally:
         os.close(fd)
-
-
-def _listing(nonfinite: Mapping[str, list[str]] | None) -> str:
-    """Tensors by part, for a person: the first few of each."""
-    parts = []
-    for part, tensors in (nonfinite or {}).items():
-        if tensors:
-            more = f" and {len(tensors) - _NAMED} more" if len(tensors) > _NAMED else ""
-            parts.append(f"{part}: {', '.join(tensors[:_NAMED])}{more}")
-    return "; ".join(parts)

@@ -88,6 +88,8 @@ class Workers:
             while not (future.done() or self.abandoned):
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.wait([future])
+            if future.done() and not future.cancelled():
+                future.exception()  # or asyncio tells it: who has cancelled has an error of his own to tell
             raise
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class Trial:
             self._prepare(driver)
             self.deed.do(driver)
             self._settled(driver)
-        return [(verb, n + 1) for verb in VERBS for n in range(self.faulty.counts[verb])]
+            return [(verb, n + 1) for verb in VERBS for n in range(self.faulty.counts[verb])]
 
     def run(self, verb: str, at: int, error: str, *, lasting: bool = False, samples: int = 0) -> list[str]:
         """What goes wrong when the `at`-th call of `verb` ends with `error`; power cuts too, with `samples`."""

@@ -30,6 +30,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import client, pipeline, ranks
+from asyncckpt.write.committing import Committer
 from asyncckpt.write.parts import RawPart
 from asyncckpt.write.service import Service
 
@@ -101,15 +102,15 @@ def pins_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def retention_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = Service._publish
+    publish = Committer._publish
 
-    def retire_first(self: Service, custody: Custody, save: pipeline.Save, prepared: pipeline.Prepared) -> Any:
+    def retire_first(self: Committer, custody: Custody, save: pipeline.Save, prepared: pipeline.Prepared) -> Any:
         assert custody.keep is not None
         for step in custody.keep.retire([*custody.catalog.records(), Record(save.begin.step)]):
             custody.delete(step)
         return publish(self, custody, save, prepared)
 
-    monkeypatch.setattr(Service, "_publish", retire_first)
+    monkeypatch.setattr(Committer, "_publish", retire_first)
 
 
 def bytes_before_manifest(monkeypatch: pytest.MonkeyPatch) -> None:

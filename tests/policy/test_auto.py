@@ -59,6 +59,8 @@ class Training:
     """Time that saves have cost."""
     first: float = 1.0
     """How many times as long the first save blocks."""
+    cold: int = 0
+    """Steps of a warm-up, which take four times as long."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -72,7 +74,8 @@ class Training:
 
     def _step(self) -> None:
         self.step += 1
-        self._work(max(0.1, self.random.gauss(1, self.costs.noise)) * self.costs.step)
+        longer = 4 if self.step <= self.cold else 1
+        self._work(max(0.1, self.random.gauss(1, self.costs.noise)) * self.costs.step * longer)
         if self.step % self.pause_every == 0:
             self._work(200 * self.costs.step)
         meter = self.schedule.meter
@@ -162,6 +165,13 @@ def test_the_first_save_and_evaluations_in_between_mislead_it_not() -> None:
     training = Training(Auto(), Costs(), pause_every=37, first=20.0)
     training.run(saves=8)
     assert training.seconds == pytest.approx(training.costs.best(training.auto), rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_warm_up_does_not_make_saves_look_free(seed: int) -> None:
+    training = Training(Auto(max_overhead=0.02), Costs(blocked=0.02, flight=0.4), seed, cold=8)
+    training.run(6)
+    assert training.seconds == pytest.approx(training.costs.best(training.auto), rel=0.15)
 
 
 def test_the_second_save_counts_and_the_first_does_not() -> None:

@@ -27,7 +27,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import ServiceDriver
 from asyncckpt.testing.service import Value
-from asyncckpt.write import parts, pipeline
+from asyncckpt.write import bases, parts, pipeline
 
 ZSTD, DELTA = Codec("zstd"), Codec("delta", max_chain=3)
 CHUNK = 1 << 16
@@ -127,7 +127,7 @@ def test_a_chain_is_no_longer_than_it_may_be(root: Path) -> None:
 
 
 def test_a_shared_file_is_written_anew_after_so_many_checkpoints(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "SHARED_BY", 3)
+    monkeypatch.setattr(bases, "SHARED_BY", 3)
     with ServiceDriver(str(root), codec=ZSTD) as driver:
         for step in range(1, 12):
             driver.save(step, state(step))

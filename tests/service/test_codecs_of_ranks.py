@@ -25,6 +25,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.testing import RanksDriver
 from asyncckpt.testing.service import Value
 from asyncckpt.write import parts, pipeline, ranks
+from asyncckpt.write.bases import Base
 
 DELTA = Codec("delta", max_chain=3)
 CHUNK = 1 << 16
@@ -130,7 +131,8 @@ def test_a_planted_base_that_is_only_staged_is_seen(root: Path, monkeypatch: pyt
     async def take_as_base(self: ranks.Share) -> Any:
         prepared = await prepare(self)
         bases: Any = self._bases
-        bases.update({part: parts.Base(self.folder, w.record, w.files) for part, w in prepared.parts.items()})
+        about = self._storage, self.folder
+        bases.update({part: Base(*about, w.record, w.files) for part, w in prepared.parts.items()})
         return prepared
 
     monkeypatch.setattr(ranks.Share, "prepare", take_as_base)
