@@ -114,7 +114,10 @@ def endurance(tell: Tell, directory: Path, saves: int) -> None:
     state = {"model": training.model, "optimizer": training.optimizer}
     with asyncckpt.Checkpointer(directory, keep=asyncckpt.Keep(last=2), overlap=True) as checkpointer:
         tell(phase="with")
-        for step in range(saves):
+        for step in range(2):  # both arenas, or the second is taken at some save in the middle
+            handle = checkpointer.save(step, state)
+        handle.result(_PATIENCE)
+        for step in range(2, saves):
             handle = checkpointer.save(step, state)
             training.step()
             if step % 2:

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -171,11 +171,12 @@ class _Comparison:
             with self._child() as (child, folder):
                 self._add(measure_costs(child, self.setting, name, folder))
 
-    def round(self, number: int) -> None:
-        """Every arm once, in one order in even rounds and in the reverse order in odd ones."""
+    def round(self, number: int, arms: Sequence[str] = tuple(ARMS)) -> None:
+        """Every arm once, or some, in one order in even rounds and in the reverse order in odd ones."""
+        self.records = [r for r in self.records if r["kind"] != "round" or r["seed"] != number or r["arm"] not in arms]
         setting = Setting(**self.records[0]["setting"])
         costs = {r["peer"]: costs_of(r) for r in self.records if r["kind"] == "pilot"}
-        for name in list(ARMS)[:: -1 if number % 2 else 1]:
+        for name in [name for name in ARMS if name in arms][:: -1 if number % 2 else 1]:
             print(f"round {number}: {name}", file=sys.stderr, flush=True)
             every, _ = interval_of(costs[ARMS[name]["peer"]].job(setting.mtbf), ARMS[name]["fixed"])
             with self._child() as (child, folder):
@@ -201,6 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.goodput", description=__doc__)
     parser.add_argument("parts", nargs="*", help="pilot, numbers of rounds, report; nothing for all")
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="whose rounds are made anew")
     parser.add_argument("--mtbf", type=float, default=Setting.mtbf, help="seconds between failures")
     parser.add_argument("--kills", type=int, default=Setting.kills, help="in one round of one arm")
     parser.add_argument("--quick", action="store_true", help="one short round; nothing is written to results/")
@@ -217,7 +219,7 @@ def main() -> None:
         if part == "pilot":
             comparison.pilot()
         elif part != "report":
-            comparison.round(int(part))
+            comparison.round(int(part), arguments.arms)
     console = Console()
     console = console if console.is_terminal else Console(width=180)
     for table in tables(comparison.records):
