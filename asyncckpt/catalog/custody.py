@@ -46,6 +46,8 @@ class Custody:
         """Folders of the attempts that are being written now: never leftovers."""
         self.spared: Callable[[Record], bool] = lambda record: False
         """What no policy may delete yet, for a reason that only its owner knows."""
+        self.recycle: Callable[[str], None] = lambda folder: None
+        """Takes what it can use of the folder of an attempt that was committed, and is of no checkpoint any more."""
         self._postponed: set[int] = set()
         """Steps that were being read when something of theirs was to be removed."""
         self._sequence = self._highest_sequence()
@@ -68,6 +70,11 @@ class Custody:
         """The highest that was ever given out, as far as is known."""
         return self._sequence
 
+    @property
+    def postponed(self) -> bool:
+        """Whether something could not be removed, for it was being read."""
+        return bool(self._postponed)
+
     def go_on_from(self, sequence: int) -> None:
         """Give out only sequence numbers that are higher."""
         self._sequence = max(self._sequence, sequence)
@@ -76,7 +83,7 @@ class Custody:
         """Remove what attempts that never committed have left. Foreign files stay, and so does what is in doubt."""
         self.check()
         for name in self.storage.list(""):
-            if names.is_temporary(name):
+            if names.is_temporary(name) or names.is_spare(name):
                 self.storage.delete(name)
         for step in self.catalog.folders():
             self.sweep_step(step)
@@ -179,6 +186,7 @@ class Custody:
             return
         with held:
             self.check()
+            self.recycle(f"{folder}/{attempt}")
             self.storage.remove_folder(f"{folder}/{attempt}")
 
     def retire(self, policy: Policy | None = None) -> list[int]:
@@ -193,7 +201,7 @@ class Custody:
         retired = []
         for record in sorted(going, key=lambda r: not r.rewound):
             try:
-                self.delete(record.step)
+                self.delete(record.step, self.recycle)
             except CheckpointBusyError as error:
                 log.debug("retention: %s", error)
             else:
@@ -230,8 +238,8 @@ class Custody:
                     break
                 damaged.add(step)
 
-    def delete(self, step: int) -> None:
-        """Make `step` not exist, then remove its bytes.
+    def delete(self, step: int, recycle: Callable[[str], None] = lambda folder: None) -> None:
+        """Make `step` not exist, then remove its bytes, but for those that `recycle` takes.
 
         Raises:
             ConflictError: the run belongs to another writer by now.
@@ -247,7 +255,10 @@ class Custody:
             with held:  # nobody can begin to read it, or pin it, until it does not exist
                 self._check_unpinned(step)
                 self.verified.discard(step)
+                attempt = self.attempt_of(step)
                 self.storage.delete(f"{folder}/{names.MANIFEST}")
+                if attempt is not None:
+                    recycle(f"{folder}/{attempt}")
         self.sweep_step(step)
 
     def _check_unpinned(self, step: int) -> None:

@@ -20,6 +20,7 @@ MAX_WORLD = 99_999
 _STEP = re.compile(r"step-(\d{8,19})")
 _ATTEMPT = re.compile(r"[0-9a-f]{12}")
 _TEMPORARY = re.compile(r"\.[a-z]+(-[0-9]{5})?\.json-[0-9a-f]{12}\.tmp")
+_SPARE = re.compile(r"\.spare-[0-9a-f]{12}")
 _RANK_RECORD = re.compile(r"rank-[0-9]{5}\.json")
 _OF_RANK = re.compile(r"(.*)\.rank-[0-9]{5}", re.DOTALL)
 _CODED = re.compile(r"([^.]*)(?:\.rank-([0-9]{5}))?\.[0-9a-f]{12}\.(?:coded|still)")
@@ -94,13 +95,16 @@ def coded_of(name: str) -> tuple[str, int | None] | None:
     return found[1], None if found[2] is None else int(found[2])
 
 
-def is_data_file(name: str) -> bool:
-    """Whether `name` is a file that an attempt may hold."""
-    if name == RECORD or _RANK_RECORD.fullmatch(name) or coded_of(name) is not None:
-        return True
+def is_image(name: str) -> bool:
+    """Whether `name` is a file that holds an image as it is."""
     stem = name.removesuffix(SUFFIX)
     of_rank = _OF_RANK.fullmatch(stem)
     return stem != name and is_part(of_rank[1] if of_rank else stem)
+
+
+def is_data_file(name: str) -> bool:
+    """Whether `name` is a file that an attempt may hold."""
+    return bool(name == RECORD or _RANK_RECORD.fullmatch(name) or coded_of(name) is not None or is_image(name))
 
 
 def new_nonce() -> str:
@@ -110,6 +114,15 @@ def new_nonce() -> str:
 
 def is_nonce(name: str) -> bool:
     return _NONCE.fullmatch(name) is not None
+
+
+def new_spare() -> str:
+    """A fresh name for a file of a retired checkpoint, to be written over."""
+    return f".spare-{_fresh()}"
+
+
+def is_spare(name: str) -> bool:
+    return _SPARE.fullmatch(name) is not None
 
 
 def temporary(name: str) -> str:

@@ -1,2 +1,3 @@
-"""Where checkpoints lie. `base` is the contract, `local` a directory, `posix` the verbs beneath it,
-`object` a prefix of an object store, `cloud` the client beneath that, `places` what a directory or URL names."""
+"""Where checkpoints lie. `base` is the contract, `local` a directory, `posix` the verbs beneath it, `spares` the files
+of retired checkpoints that it writes over; `object` is a prefix of an object store, `cloud` the client beneath that;
+`places` says what a directory or URL names."""

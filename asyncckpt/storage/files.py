@@ -60,12 +60,12 @@ class LocalWritable:
     """A file being written: whole blocks straight from the caller's memory, the tail through a block of its own."""
 
     def __init__(self, posix: Posix, path: str, fd: int, size: int, direct: bool) -> None:
-        self._posix, self._path, self._fd, self._size = posix, path, fd, size
+        self._posix, self.path, self._fd, self._size = posix, path, fd, size
         self.direct = direct
         self._lock = threading.Lock()
 
     def write_at(self, offset: int, data: memoryview) -> None:
-        with named("write", self._path):
+        with named("write", self.path):
             direct = self.direct  # another thread may be giving it up meanwhile
             whole = len(data) // BLOCK * BLOCK if direct else len(data)
             try:
@@ -92,7 +92,7 @@ class LocalWritable:
 
     def finish(self, size: int | None = None) -> None:
         try:
-            with named("make durable", self._path):
+            with named("make durable", self.path):
                 self._posix.truncate(self._fd, self._size if size is None else size)
                 self._posix.fsync(self._fd)
                 if not self.direct and hasattr(os, "posix_fadvise"):
@@ -106,7 +106,7 @@ class LocalWritable:
             try:
                 self._posix.close(fd)
             except OSError as error:
-                log.warning("closing %s: %s", self._path, error)
+                log.warning("closing %s: %s", self.path, error)
 
 
 class LocalReadable:

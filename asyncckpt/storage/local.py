@@ -17,8 +17,10 @@ from asyncckpt.errors import CorruptCheckpointError
 from asyncckpt.format import names
 from asyncckpt.storage.files import LocalHold, LocalReadable, LocalWritable, named, read_all, write_all
 from asyncckpt.storage.posix import O_DIRECT, Posix
+from asyncckpt.storage.spares import Spares
 
 log = logging.getLogger("asyncckpt")
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _TRIES = 20
 """Times that a folder is made anew which somebody else removes."""
 
@@ -31,6 +33,7 @@ class LocalStorage:
         self.posix = posix or Posix()
         self.direct = direct and O_DIRECT != 0
         self._rooted = False
+        self._spares: Spares | None = None
 
     @property
     def url(self) -> str:
@@ -170,6 +173,9 @@ class LocalStorage:
         path = self.path(key)
         with named("create", path):
             self._refuse_links(key)
+            spare = self._spares.take(path, size) if self._spares is not None and self.direct and steady else None
+            if spare is not None:
+                return self._reserved(LocalWritable(self.posix, path, spare, size, True), spare, size)
             try:
                 fd, direct = self.posix.create(path, self.direct), self.direct
             except OSError as error:
@@ -177,15 +183,45 @@ class LocalStorage:
                     raise
                 self._refused(path)
                 fd, direct = self.posix.create(path, False), False
-        file = LocalWritable(self.posix, path, fd, size, direct)
+        return self._reserved(LocalWritable(self.posix, path, fd, size, direct), fd, size)
+
+    def _reserved(self, file: LocalWritable, fd: int, size: int) -> LocalWritable:
         try:
-            with named("reserve blocks for", path):
-                if size:
+            with named("reserve blocks for", file.path):
+                try:
+                    if size:
+                        self.posix.reserve(fd, size)
+                except OSError as error:
+                    if error.errno not in _FULL or self._spares is None or not self._spares.drop():
+                        raise
                     self.posix.reserve(fd, size)
         except BaseException:
             file.abort()
             raise
         return file
+
+    # Writing over what is retired
+
+    def start_recycling(self) -> None:
+        """From now on, `create` may write over what `recycle` has set aside. Only the owner of the run may do so."""
+        self._spares = Spares(self.posix, self.root)
+
+    def end_recycling(self) -> None:
+        """Remove what is set aside."""
+        spares, self._spares = self._spares, None
+        if spares is not None:
+            spares.drop()
+
+    def recycle(self, folder: str) -> None:
+        """Set images in `folder` aside: that of an attempt that was committed, and durably is of no checkpoint now."""
+        if self._spares is None or not self.direct:
+            return
+        path = self.path(folder)
+        with named("set aside", path):
+            for name in self.list(folder):
+                item = os.path.join(path, name)
+                if names.is_image(name) and not self.posix.is_directory(item):
+                    self._spares.keep(item)
 
     def share(self, source: str, key: str) -> None:
         path = self.path(key)

@@ -192,6 +192,8 @@ class FileSystem:
         match operation.verb, operation.arguments:
             case "create", (path, _) if ok:
                 self._fds[operation.result] = self._created(path)
+            case "reclaim", (path,) if ok:
+                self._fds[operation.result] = self._resolve(path)
             case "mkdir", (path,) if ok:
                 self._add(path, self._new(_Folder()))
             case "close", (fd,):

@@ -86,6 +86,9 @@ def fsynced_again(log: Iterable[Operation | Note]) -> list[str]:
             case Operation("create", (path, _), error=None):
                 paths[entry.result] = path
                 failed.discard(entry.result)
+            case Operation("reclaim", (path,), error=None):
+                paths[entry.result] = path
+                failed.discard(entry.result)
             case Operation("fsync", (fd,)):
                 if fd in failed:
                     again.append(paths.get(fd, f"file descriptor {fd}"))

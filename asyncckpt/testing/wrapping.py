@@ -8,7 +8,7 @@ from typing import Any
 from asyncckpt.storage.posix import Posix
 
 CHANGES = (
-    "mkdir", "create", "reserve", "pwrite", "truncate", "fsync", "fsync_dir",
+    "mkdir", "create", "reclaim", "reserve", "pwrite", "truncate", "fsync", "fsync_dir",
     "close", "rename", "link", "unlink", "rmdir",
 )  # fmt: skip
 """The verbs that change a disk, or say when it has to be durable."""
@@ -34,6 +34,10 @@ class PosixWrapper(Posix):
 
     def create(self, path: str, direct: bool) -> int:
         fd: int = self._pass("create", path, direct)
+        return fd
+
+    def reclaim(self, path: str) -> int:
+        fd: int = self._pass("reclaim", path)
         return fd
 
     def reserve(self, fd: int, size: int) -> None:

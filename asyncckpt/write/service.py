@@ -213,6 +213,9 @@ class Service:
         try:
             try:
                 self._custody = await self._workers.run(Custody, storage, open_.keep, lock.check)
+                if isinstance(storage, LocalStorage):
+                    storage.start_recycling()
+                    self._custody.recycle = storage.recycle
                 if open_.mirror is not None:
                     self._mirror = await self._open_mirror(open_.mirror, storage, open_.direct)
             except (CheckpointError, OSError) as error:
@@ -232,6 +235,8 @@ class Service:
                 await self._mirror.close()
             raise
         finally:
+            if isinstance(storage, LocalStorage):
+                await self._workers.run(storage.end_recycling)
             await self._workers.run(lock.release)  # the mirror only reads here: who comes next need not wait for it
         if self._mirror is not None:
             await self._mirror.finish(lambda: self._is_free(storage))
@@ -263,8 +268,8 @@ class Service:
         return mirror
 
     def _mirror_landed(self, required: bool) -> None:
-        """A step need not stay for the mirror any more."""
-        if required and self._retention is not None:
+        """A step need not stay for the mirror any more, and is not read by it."""
+        if (required or self._custody.postponed) and self._retention is not None:
             self._spawn(guarded("retention", self._retention.again()))
 
     def _is_free(self, storage: Storage) -> bool:

@@ -116,12 +116,23 @@ def retention_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 def bytes_before_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     delete = Custody.delete
 
-    def remove_first(self: Custody, step: int) -> None:
+    def remove_first(self: Custody, step: int, *recycle: Any) -> None:
         attempt = self.attempt_of(step)
         self.storage.remove_folder(f"{names.step_name(step)}/{attempt}")
-        delete(self, step)
+        delete(self, step, *recycle)
 
     monkeypatch.setattr(Custody, "delete", remove_first)
+
+
+def recycled_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
+    delete = Custody.delete
+
+    def recycle_first(self: Custody, step: int, *recycle: Any) -> None:
+        for take in recycle:
+            take(f"{names.step_name(step)}/{self.attempt_of(step)}")
+        delete(self, step)
+
+    monkeypatch.setattr(Custody, "delete", recycle_first)
 
 
 def temporary_reused(monkeypatch: pytest.MonkeyPatch) -> None:

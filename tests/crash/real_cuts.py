@@ -28,6 +28,7 @@ from asyncckpt.errors import CheckpointError
 from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
+from asyncckpt.storage import spares
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper, Promises, ServiceDriver, examine
 from asyncckpt.testing.promises import Event, Examined, Saved, Saving
@@ -73,6 +74,7 @@ def live(root: str, posix: Posix | None, seed: int, first: int, tell: Callable[[
     coin, step, mine = random.Random(seed), first, 0
     codec = Codec(coin.choice(["raw", "zstd", "delta"]), max_chain=3)
     pipeline.CHUNK_SIZE = CHUNK_SIZE if codec.name == "raw" else 8192  # in a process of its own
+    spares.SMALLEST = 0
 
     def content() -> Value:
         other = value(coin.getrandbits(40), parts=coin.randint(0, 3), blocks=coin.choice([1, 3, 40]))

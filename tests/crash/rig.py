@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from asyncckpt.policy.keep import Keep
+from asyncckpt.storage import spares
 from asyncckpt.testing import Note, Operation, RecordingPosix, power_cuts
 from asyncckpt.testing.crash import Cut, Disk, FileSystem, materialised
 from asyncckpt.testing.promises import Examined, Promises, examine, leftovers, sweep
@@ -54,10 +55,11 @@ def memory_folder() -> Iterator[Path]:
 @contextmanager
 def chunks_of(size: int) -> Iterator[None]:
     before, pipeline.CHUNK_SIZE = pipeline.CHUNK_SIZE, size
+    smallest, spares.SMALLEST = spares.SMALLEST, 0  # files as small as these are written over, too
     try:
         yield
     finally:
-        pipeline.CHUNK_SIZE = before
+        pipeline.CHUNK_SIZE, spares.SMALLEST = before, smallest
 
 
 def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosix | None = None) -> Log:

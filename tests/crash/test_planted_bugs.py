@@ -160,6 +160,16 @@ BUGS = {
     "prepare record not fsynced": (planted.without("put", "fsync"), power("plain"), DAMAGED),
     "retention before commit": (planted.retention_before_commit, power("retention"), LOST),
     "bytes removed before the manifest": (planted.bytes_before_manifest, power("deleting"), DAMAGED),
+    "set aside before the manifest is gone": (
+        planted.recycled_before_the_manifest,
+        power("retention", direct=True),
+        DAMAGED,
+    ),
+    "written over though its unlink is not durable": (
+        planted.without("delete", "fsync_dir"),
+        power("retention", direct=True),
+        DAMAGED,
+    ),
     "rewind not durable": (planted.not_durable(names.REWINDS), power("rewinding"), "taken back"),
     "pin not durable": (planted.not_durable(names.NOTES), power("pinning"), "reported pinned and is not"),
     "pins not looked at": (planted.pins_not_looked_at, power("pinning"), LOST),
