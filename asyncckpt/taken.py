@@ -11,18 +11,21 @@ from asyncckpt.run import Run
 
 
 class TakenSteps:
-    """As the owner of the run knows them: only its saves add to what there was when it came."""
+    """As the owner of the run knows them: only its saves add to what there was when it came.
+
+    What is above the highest of them is free; below it the storage is asked, so that nothing here grows with the run.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._taken = set(run.taken())
+        self._highest = max(run.taken(), default=-1)
         self._damaged: set[int] = set()
         """Those that were damaged when a restore wanted them."""
         self._lacking: set[int] = set()
         """Those that had not all parts when a restore wanted them."""
 
     def add(self, step: int) -> None:
-        self._taken.add(step)
+        self._highest = max(self._highest, step)
 
     def restored(self, loaded: Loaded, *, whole: bool) -> None:
         """A restore, of the `whole` state or of parts of it, has passed over some steps: they are free, once."""
@@ -47,7 +50,7 @@ class TakenSteps:
             return True
         if any(handle.step == step and not handle.done() for handle in in_flight):
             raise CheckpointExistsError(f"step {step} is being saved already; give overwrite=True to save it again")
-        if step not in self._taken or not self._run.exists(step):
+        if step > self._highest or not self._run.exists(step):
             return False
         if step in self._damaged or self._left_behind(step):
             return True
