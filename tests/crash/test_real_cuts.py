@@ -49,6 +49,13 @@ def test_a_service_without(tmp_path, kind, verb, expected):
     assert any(expected in why for why in found["violations"]), f"not found in {found['cuts']} cuts"
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_directory_is_not_durable_after_the_cut(tmp_path, kind):
+    """XFS that has shut down lets fsync of a directory succeed: a save in the middle of its commit would be lost."""
+    found = cut("after_the_cut", kind, tmp_path)
+    assert found == {"durable": False, "there": ["before"]}
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(FACTOR <= 1, reason="a comparison, for the long form")
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
