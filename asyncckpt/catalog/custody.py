@@ -201,7 +201,7 @@ class Custody:
         retired = []
         for record in sorted(going, key=lambda r: not r.rewound):
             try:
-                self.delete(record.step, self.recycle)
+                self.delete(record.step, recycled=record.attempt)
             except CheckpointBusyError as error:
                 log.debug("retention: %s", error)
             else:
@@ -238,8 +238,8 @@ class Custody:
                     break
                 damaged.add(step)
 
-    def delete(self, step: int, recycle: Callable[[str], None] = lambda folder: None) -> None:
-        """Make `step` not exist, then remove its bytes, but for those that `recycle` takes.
+    def delete(self, step: int, *, recycled: str = "") -> None:
+        """Make `step` not exist, then remove its bytes, but for those that `recycle` takes of the attempt `recycled`.
 
         Raises:
             ConflictError: the run belongs to another writer by now.
@@ -255,10 +255,9 @@ class Custody:
             with held:  # nobody can begin to read it, or pin it, until it does not exist
                 self._check_unpinned(step)
                 self.verified.discard(step)
-                attempt = self.attempt_of(step)
                 self.storage.delete(f"{folder}/{names.MANIFEST}")
-                if attempt is not None:
-                    recycle(f"{folder}/{attempt}")
+                if recycled:
+                    self.recycle(f"{folder}/{recycled}")
         self.sweep_step(step)
 
     def _check_unpinned(self, step: int) -> None:

@@ -21,9 +21,6 @@ from asyncckpt.snapshot.memory import at
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.write.messages import Known, Same
 
-_WIDTH = 16
-"""Bytes of a digest."""
-
 
 @dataclass(slots=True)
 class Segment:
@@ -54,6 +51,14 @@ class Comparison:
     same: deque[Same]
     """Where those that need not be copied are noted."""
 
+    def renew(self, other: Comparison) -> bool:
+        """Compare with what `other` does from now on, if that is known of the very same chunks."""
+        old, new = self.known, other.known
+        if (old.size, old.chunk_size, _marks(old)) != (new.size, new.chunk_size, _marks(new)):
+            return False
+        self.known, self.same = new, other.same
+        return True
+
     def piece(self, chunk: Chunk, plan: PartPlan, base: int, arena: Arena) -> Piece:
         """What compares the chunk, and copies it where it has changed."""
         parts = [(plan.sources[s.source], s) for s in chunk.segments]
@@ -64,22 +69,22 @@ class Comparison:
         found = xxhash.xxh3_128(header)
         for source, segment in parts:
             found.update(at(address_of(source.data) + segment.start, segment.size))
-        if found.digest() == self.known.digests[_WIDTH * chunk.index : _WIDTH * (chunk.index + 1)]:
+        if self.known.has(chunk.index, found.digest()):
             self.same.append(Same(self.part, chunk.index, found.hexdigest()))
             return
         for source, segment in parts:
             ctypes.memmove(image + segment.offset, address_of(source.data) + segment.start, segment.size)
 
 
-def marks_of(known: Known) -> bytes:
+def _marks(known: Known) -> bytes:
     """For each chunk a byte: whether its digest is known."""
-    return np.frombuffer(known.digests, np.uint8).reshape(-1, _WIDTH).any(axis=1).tobytes()
+    return np.frombuffer(known.digests, np.uint8).reshape(-1, len(known.NOTHING)).any(axis=1).tobytes()
 
 
 def chunks_of(plan: PartPlan, known: Known) -> Iterator[Chunk]:
     """Those that are known, and that hold nothing but what can be compared where it lies."""
     size, step = plan.image.size, known.chunk_size
-    marks = marks_of(known)
+    marks = _marks(known)
     if size != known.size or len(marks) != -(-size // step):
         return
     entries = plan.image.entries

@@ -27,7 +27,7 @@ from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.describe import Describer, Description, Part
-from asyncckpt.snapshot.known import Chunk, Comparison, chunks_of, marks_of
+from asyncckpt.snapshot.known import Chunk, Comparison, chunks_of
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.messages import Known, Same
@@ -44,9 +44,7 @@ class _Program:
     base: int
     eager: list[Piece]
     late: list[Piece]
-    marks: bytes = b""
-    """Of which chunks digests were known when it was made."""
-    comparison: Comparison | None = None
+    comparison: Comparison | None
 
 
 @dataclass
@@ -282,12 +280,12 @@ class Snapshotter:
         self, part: Part, plan: PartPlan, split: _Split, base: int, arena: Arena, comparison: Comparison | None
     ) -> _Program:
         """The pieces that copy a part; kept while nothing of it changes."""
-        marks = b"" if comparison is None else marks_of(comparison.known)
         program = split.programs.get(arena)
-        if program is not None and program.base == base and program.marks == marks and plan is part.plan:
-            if comparison is not None and program.comparison is not None:
-                program.comparison.known, program.comparison.same = comparison.known, comparison.same
-            return program
+        if program is not None and program.base == base and plan is part.plan:
+            if comparison is program.comparison is None:
+                return program
+            if comparison is not None and program.comparison is not None and program.comparison.renew(comparison):
+                return program
         compared: list[Chunk] = [] if comparison is None else list(chunks_of(plan, comparison.known))
         but = [(chunk.start, chunk.end) for chunk in compared]
         on_host = [source.data.device.type != "cuda" for source in plan.sources]
@@ -299,7 +297,7 @@ class Snapshotter:
             for chunk in compared:
                 piece = comparison.piece(chunk, plan, base, arena)
                 (late if all(s.source in waits for s in chunk.segments) else eager).append(piece)
-        made = _Program(base, eager, late, marks, comparison)
+        made = _Program(base, eager, late, comparison)
         if plan is part.plan:
             split.programs[arena] = made
         return made

@@ -173,7 +173,7 @@ class LocalStorage:
         path = self.path(key)
         with named("create", path):
             self._refuse_links(key)
-            spare = self._spares.take(path, size) if self._spares is not None and self.direct and steady else None
+            spare = self._spares.take(path, size) if self._spares is not None and steady else None
             if spare is not None:
                 return self._reserved(LocalWritable(self.posix, path, spare, size, True), spare, size)
             try:
@@ -203,8 +203,12 @@ class LocalStorage:
     # Writing over what is retired
 
     def start_recycling(self) -> None:
-        """From now on, `create` may write over what `recycle` has set aside. Only the owner of the run may do so."""
-        self._spares = Spares(self.posix, self.root)
+        """From now on, `create` may write over what `recycle` has set aside. Only the owner of the run may do so.
+
+        Not where files are written through the page cache: there it gains nothing.
+        """
+        if self.direct:
+            self._spares = Spares(self.posix, self.root)
 
     def end_recycling(self) -> None:
         """Remove what is set aside."""
@@ -214,7 +218,7 @@ class LocalStorage:
 
     def recycle(self, folder: str) -> None:
         """Set images in `folder` aside: that of an attempt that was committed, and durably is of no checkpoint now."""
-        if self._spares is None or not self.direct:
+        if self._spares is None:
             return
         path = self.path(folder)
         with named("set aside", path):

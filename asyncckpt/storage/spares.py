@@ -30,14 +30,21 @@ class Spares:
         """Where the spare lies, by the name that it had."""
 
     def keep(self, path: str) -> None:
-        """Set the file aside, if another of its name will be written. It must be of no checkpoint any more."""
+        """Set the file aside, if another of its name will be written. It must be of no checkpoint any more.
+
+        Where that fails it stays where it is, to be removed with its folder.
+        """
         name = os.path.basename(path)
         with self._lock:
             if name not in self._written or name in self._kept:
                 return
             spare = os.path.join(self._root, names.new_spare())
-            self._posix.rename(path, spare)
-            self._kept[name] = spare
+            try:
+                self._posix.rename(path, spare)
+            except OSError as error:
+                log.debug("%s is not set aside: %s", path, error)
+            else:
+                self._kept[name] = spare
 
     def take(self, path: str, size: int) -> int | None:
         """A spare as the new file `path`, open for writing around the page cache; None where there is none."""
@@ -49,16 +56,17 @@ class Spares:
         if spare is None:
             return None
         try:
-            fd = self._posix.reclaim(spare)
+            return self._renamed(self._posix.reclaim(spare), spare, path)
         except OSError as error:
             log.debug("%s is not written over: %s", spare, error)
             self._remove(spare)
             return None
+
+    def _renamed(self, fd: int, spare: str, path: str) -> int:
         try:
             self._posix.rename(spare, path)
         except OSError:
             self._posix.close(fd)
-            self._remove(spare)
             raise
         return fd
 

@@ -145,7 +145,7 @@ class ServiceDriver:
             for index, start in enumerate(range(0, span.size, about.chunk_size)):
                 end = min(start + about.chunk_size, span.size)
                 found = digest(memory[span.offset + start : span.offset + end])
-                if bytes.fromhex(found) == about.digests[16 * index : 16 * (index + 1)]:
+                if about.has(index, bytes.fromhex(found)):
                     same.append(m.Same(span.part, index, found))
                     wiped = max(start, min(header, end)), end
                     memory[span.offset + wiped[0] : span.offset + wiped[1]] = b"\xdd" * (wiped[1] - wiped[0])

@@ -18,7 +18,6 @@ log = logging.getLogger("asyncckpt")
 
 SHARED_BY = 50
 """Checkpoints that share a file of unchanged chunks before these are written anew: one damaged inode can't take all."""
-_UNKNOWN = bytes(16)
 
 
 class BaseGone(Exception):
@@ -44,7 +43,7 @@ class Base:
         except (FileNotFoundError, StorageError) as error:
             self._do_without(error)
         lasting = self._reader is not None and isinstance(storage, LocalStorage)
-        self.known = self._told_chunks() if lasting else None
+        self.known = self._known() if lasting else None
         """What need not come again: it can be shared, and read in any case."""
 
     def fits(self, size: int, chunk_size: int) -> bool:
@@ -86,17 +85,17 @@ class Base:
         for file in files:
             file.close()
 
-    def _told_chunks(self) -> Known | None:
+    def _known(self) -> Known | None:
         shareable = [self.shareable(file.name) for file in self.record.files]
         if not any(shareable):
             return None
         found = (
-            bytes.fromhex(pieces[-1].digest) if all(shareable[piece.file] for piece in pieces) else _UNKNOWN
+            bytes.fromhex(pieces[-1].digest) if all(shareable[piece.file] for piece in pieces) else Known.NOTHING
             for pieces in self.record.coded
         )
         return Known(self.record.size, self.record.chunk_size, b"".join(found))
 
     def _do_without(self, error: Exception) -> None:
         if not self._told:
-            log.warning("no differences from %s, which can't be read: %s", self.folder, error)
+            log.warning("the last save, %s, can't be read, and is done without: %s", self.folder, error)
         self._told = True

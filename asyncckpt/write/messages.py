@@ -12,7 +12,7 @@ With a mirror: after Committed, Mirrored once; MirrorState whenever something of
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -140,11 +140,18 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
     """What is known of an image of `size` bytes that was committed: of each chunk of `chunk_size` bytes 16 bytes of
-    `digests`, its xxh3_128, or zeros where its bytes have to come again in any case."""
+    `digests`, its xxh3_128, or `NOTHING` where its bytes have to come again in any case."""
 
     size: int
     chunk_size: int
     digests: bytes
+
+    NOTHING: ClassVar[bytes] = bytes(16)
+
+    def has(self, index: int, digest: bytes) -> bool:
+        """Whether this is the digest of chunk `index`."""
+        width = len(self.NOTHING)
+        return self.digests[width * index : width * (index + 1)] == digest
 
 
 class Same(msgspec.Struct, frozen=True, array_like=True):

@@ -225,13 +225,13 @@ class CodedPart:
 
     def _shared(self, index: int, found: str) -> bool:
         """Whether the chunk lies, with this digest, in files that the base shares."""
-        known = self._known(index)
-        assert not known or self._base is not None
-        shared = bool(known) and known[-1][1].digest == found
-        shared = shared and all(self._base is not None and self._base.shareable(name) for name, _ in known)
-        if shared:
-            self._pieces[index] = known
-        return shared
+        if self._base is None:
+            return False
+        known = self._base.pieces(index)
+        if known[-1][1].digest != found or not all(self._base.shareable(name) for name, _ in known):
+            return False
+        self._pieces[index] = known
+        return True
 
     def _store(
         self, index: int, data: memoryview, found: str, base: memoryview | None, target: _Growing, bench: Bench

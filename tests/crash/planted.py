@@ -116,10 +116,10 @@ def retention_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 def bytes_before_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     delete = Custody.delete
 
-    def remove_first(self: Custody, step: int, *recycle: Any) -> None:
+    def remove_first(self: Custody, step: int, **options: Any) -> None:
         attempt = self.attempt_of(step)
         self.storage.remove_folder(f"{names.step_name(step)}/{attempt}")
-        delete(self, step, *recycle)
+        delete(self, step, **options)
 
     monkeypatch.setattr(Custody, "delete", remove_first)
 
@@ -127,9 +127,9 @@ def bytes_before_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
 def recycled_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     delete = Custody.delete
 
-    def recycle_first(self: Custody, step: int, *recycle: Any) -> None:
-        for take in recycle:
-            take(f"{names.step_name(step)}/{self.attempt_of(step)}")
+    def recycle_first(self: Custody, step: int, *, recycled: str = "") -> None:
+        if recycled:
+            self.recycle(f"{names.step_name(step)}/{recycled}")
         delete(self, step)
 
     monkeypatch.setattr(Custody, "delete", recycle_first)
