@@ -217,15 +217,16 @@ class Session:
 
     def _copied(self, flight: Flight, writer: Writer, seal: m.Seal, error: BaseException | None) -> None:
         flight.copy_end = time.time()
+        if error is not None:
+            flight.error = error if isinstance(error, Exception) else _interrupted(error)
+        with self._changed:  # before the writer hears of it: it may have committed the save when we go on
+            flight.copied = True
+            self._land(flight)
         if error is None:
             writer.send(seal)
             flight.handle.mark_staged()
         else:
-            flight.error = error if isinstance(error, Exception) else _interrupted(error)
             writer.send(m.Drop(flight.number))
-        with self._changed:
-            flight.copied = True
-            self._land(flight)
 
     def _land(self, flight: Flight) -> None:
         """Give the place and the arena back when both sides are done. Called with the lock held."""

@@ -9,6 +9,8 @@ from support.models import train_step, training
 from support.processes import PATIENCE, Hold
 
 import asyncckpt
+from asyncckpt.write import messages as m
+from asyncckpt.write.client import ThreadWriter
 
 
 @pytest.fixture
@@ -28,6 +30,27 @@ def test_skip_gives_the_save_up_and_goes_on(tmp_path, hold):
         assert first.outcome == "committed"
         assert ckpt.steps() == [1]
         assert ckpt.stats().skipped == 1
+
+
+def test_whoever_sees_that_it_is_committed_finds_its_place_free(tmp_path, monkeypatch):
+    """Though the thread that has copied it comes no further than to say so."""
+    seen, send = threading.Event(), ThreadWriter.send
+
+    def stands_then(self, message, *rest):
+        send(self, message, *rest)
+        if isinstance(message, m.Seal):
+            assert seen.wait(PATIENCE)
+
+    monkeypatch.setattr(ThreadWriter, "send", stands_then)
+    state = training()
+    with asyncckpt.Checkpointer(tmp_path / "run", max_in_flight=1, writer="thread", overlap=True) as ckpt:
+        handle = ckpt.save(1, state)
+        try:
+            assert handle.result(PATIENCE) == "committed"
+            assert ckpt.stats().in_flight == 0
+        finally:
+            seen.set()
+        assert ckpt.save(2, state, when_full="raise").result(PATIENCE) == "committed"
 
 
 def test_raise_says_that_the_queue_is_full(tmp_path, hold):
