@@ -62,7 +62,7 @@ class Stats:
     overlap: bool | None
     """The way of copying in use; None while `overlap="auto"` is still trying both."""
     codec: str | None
-    """How the last committed save is stored: "raw", "zstd" or "delta". None before the first."""
+    """How the last committed save is stored: "raw", "incremental", "zstd" or "delta". None before the first."""
     rates: Rates | None
     """What storing takes, as measured; `codec="auto"` goes by it."""
     direct_io: bool | None

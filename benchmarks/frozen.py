@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", default=".", help="on the disk that is written to")
-    parser.add_argument("--codec", default="zstd", choices=["zstd", "delta"])
+    parser.add_argument("--codec", default="zstd", choices=["incremental", "zstd", "delta"])
     parser.add_argument("--saves", type=int, default=15)
     parser.add_argument("--layers", type=int, default=24)
     args = parser.parse_args()

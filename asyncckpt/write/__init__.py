@@ -2,7 +2,8 @@
 
 messages  the records that trainer and service exchange
 pipeline  one save: chunks from the arena, hashed and written; records
-parts     one part of it, raw or coded; `finite` looks for NaN and inf, `meter` at how fast it goes
+parts     one part of it: `raw`, as it is, or `coded`, by chunks; `coding` is what those share
+meter     how fast that goes; `finite` looks for NaN and inf
 bases     what was committed last of a part: to share, to differ from, to be left out
 ranks     the share of one of several ranks
 retention what goes after a commit

@@ -18,7 +18,7 @@ from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.base import Storage
 from asyncckpt.write import messages as m
 from asyncckpt.write.bases import Base, BaseGone
-from asyncckpt.write.parts import Coding
+from asyncckpt.write.coding import Coding
 from asyncckpt.write.pipeline import Attempt, Prepared, Save, leaves
 from asyncckpt.write.ranks import Share
 from asyncckpt.write.workers import Workers, available_cores
@@ -163,6 +163,8 @@ class Committer:
             if written.record.coded:
                 about = self._storage, attempt.folder, written.record, written.files
                 self._bases[part] = await self._workers.run(Base, *about)
+        if self._coding is not None and self._coding.tried is not None:
+            self._coding.tried.update({part: written.record for part, written in prepared.parts.items()})
         _close(before)
         self._rates = self._rates.then(attempt.meter.rates)
         if self._codec.name == "auto":
@@ -186,7 +188,8 @@ async def guarded(what: str, work: Awaitable[None]) -> None:
 def _coding(codec: Codec, threads: int) -> Coding | None:
     if codec.name == "raw":
         return None
-    return Coding.of(threads, codec.cores or available_cores(), codec.max_chain if codec.name == "delta" else 0)
+    cores, max_chain = codec.cores or available_cores(), codec.max_chain if codec.name == "delta" else 0
+    return Coding.of(threads, cores, max_chain, tried=codec.name == "auto")
 
 
 def _close(bases: Mapping[str, Base]) -> None:

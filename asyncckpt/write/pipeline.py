@@ -23,9 +23,12 @@ from asyncckpt.format.manifest import CHUNK_SIZE, FileRecord, PartRecord, Prepar
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.bases import Base
+from asyncckpt.write.coded import CodedPart
+from asyncckpt.write.coding import Coding, Trial
 from asyncckpt.write.messages import Begin, Seal, Span
 from asyncckpt.write.meter import Meter
-from asyncckpt.write.parts import NO_TREE, CodedPart, Coding, PartWriter, Place, RawPart, Trial, WrittenPart
+from asyncckpt.write.parts import NO_TREE, PartWriter, Place, WrittenPart
+from asyncckpt.write.raw import RawPart
 from asyncckpt.write.workers import Workers
 
 if TYPE_CHECKING:  # numpy is loaded only where it is wanted
@@ -123,7 +126,7 @@ class Attempt:
     ) -> None:
         """`bases` are parts as they were committed last; `origins` too, where nothing is to hang on them any more.
 
-        With `codec` "raw" and `coding`, that is only tried.
+        With `codec` "raw" there is `coding` only where it is tried.
         """
         self._save, self._attempt = save, attempt
         self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
@@ -192,11 +195,13 @@ class Attempt:
         place = Place(self._storage, self.folder, *about, CHUNK_SIZE, self.meter, self._rank)
         if self._coding is None:
             return await self._workers.run(RawPart, place)
-        entries = await self._entries(span)
+        plain, tried = self._codec == "incremental", self._coding.tried is not None
+        entries = await self._entries(span) if tried or not plain else {}
+        trial = Trial(place, self._coding, entries) if tried else None
         if self._codec == "raw":
-            return await self._workers.run(RawPart, place, Trial(place, self._coding, entries))
-        base, origin = self._bases.get(span.part), self._origins.get(span.part)
-        return await self._workers.run(CodedPart, place, self._coding, entries, base, origin)
+            return await self._workers.run(RawPart, place, trial)
+        before = self._bases.get(span.part), self._origins.get(span.part)
+        return await self._workers.run(CodedPart, place, self._coding, entries, *before, plain, trial)
 
     async def _entries(self, span: Span) -> dict[str, Entry]:
         """What the image holds, once its header is staged."""

@@ -23,8 +23,9 @@ from asyncckpt.format.ranks import RankRecord, SharePart, StoredShard, encode_ra
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.bases import Base, BaseGone
+from asyncckpt.write.coding import Coding
 from asyncckpt.write.messages import Member
-from asyncckpt.write.parts import Coding, WrittenPart
+from asyncckpt.write.parts import WrittenPart
 from asyncckpt.write.pipeline import Attempt, DroppedSave, Prepared, Save, leaves
 from asyncckpt.write.workers import Workers
 

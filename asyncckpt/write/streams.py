@@ -19,7 +19,8 @@ from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.read.reader import allocate
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.meter import Meter
-from asyncckpt.write.parts import Place, RawPart, WrittenPart
+from asyncckpt.write.parts import Place, WrittenPart
+from asyncckpt.write.raw import RawPart
 
 Source = Callable[[], Iterable[memoryview]]
 """Gives the bytes of one tensor, row by row, in pieces of any size. Called once, when they are wanted."""

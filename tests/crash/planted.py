@@ -31,7 +31,7 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import client, pipeline, ranks
 from asyncckpt.write.committing import Committer
-from asyncckpt.write.parts import RawPart
+from asyncckpt.write.raw import RawPart
 from asyncckpt.write.service import Service
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -72,7 +72,7 @@ def live(root: str, posix: Posix | None, seed: int, first: int, tell: Callable[[
         tell((type(event).__name__, asdict(event)))
 
     coin, step, mine = random.Random(seed), first, 0
-    codec = Codec(coin.choice(["raw", "zstd", "delta"]), max_chain=3)
+    codec = Codec(coin.choice(["raw", "incremental", "zstd", "delta"]), max_chain=3)
     pipeline.CHUNK_SIZE = CHUNK_SIZE if codec.name == "raw" else 8192  # in a process of its own
     spares.SMALLEST = 0
 

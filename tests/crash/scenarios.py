@@ -150,6 +150,7 @@ SCENARIOS = {
 }
 if float(os.environ.get("ASYNCCKPT_TORTURE", "1")) > 1:  # it takes a minute even in its short form
     SCENARIOS["ranks_differences"] = replace(SCENARIOS["differences"], world=2)
+    SCENARIOS["incremental"] = replace(SCENARIOS["coded"], codec=Codec("incremental"))
 
 
 def resume(open_: Open, step: int = 90) -> None:

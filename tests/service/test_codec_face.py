@@ -46,7 +46,7 @@ def equal(saved: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor]) -> bo
     return saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
-@pytest.mark.parametrize("codec", ["zstd", "delta"])
+@pytest.mark.parametrize("codec", ["incremental", "zstd", "delta"])
 @pytest.mark.parametrize("writer", ["process", "thread"])
 def test_frozen_layers_among_trained_ones_are_not_written_again(
     tmp_path: Path, trained: Any, codec: Any, writer: Any
@@ -87,7 +87,7 @@ def test_a_fused_update_of_what_was_taken_for_frozen_is_saved(tmp_path: Path, tr
     assert not equal(saved, asyncckpt.load(tmp_path, 3)["model"])
 
 
-@pytest.mark.parametrize("codec", ["zstd", "delta", "auto"])
+@pytest.mark.parametrize("codec", ["incremental", "zstd", "delta", "auto"])
 def test_a_training_resumes_bit_for_bit(tmp_path: Path, codec: Any) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(64, 300), nn.BatchNorm1d(300), nn.Linear(300, 8)).to(torch.bfloat16)

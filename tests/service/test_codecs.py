@@ -18,7 +18,7 @@ from support.numbers import noise, weights
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.codec import Coder
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.policy.codec import Codec
 from asyncckpt.policy.keep import Keep
@@ -27,9 +27,9 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import ServiceDriver
 from asyncckpt.testing.service import Value
-from asyncckpt.write import bases, parts, pipeline
+from asyncckpt.write import bases, coded, coding, pipeline
 
-ZSTD, DELTA = Codec("zstd"), Codec("delta", max_chain=3)
+INCREMENTAL, ZSTD, DELTA = Codec("incremental"), Codec("zstd"), Codec("delta", max_chain=3)
 CHUNK = 1 << 16
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -76,7 +76,7 @@ def chains(root: Path, step: int) -> set[int]:
     return {len(pieces) for pieces in reader(root, step).part("model").coded}
 
 
-@pytest.mark.parametrize("codec", [ZSTD, DELTA])
+@pytest.mark.parametrize("codec", [INCREMENTAL, ZSTD, DELTA])
 @pytest.mark.parametrize("direct", [True, False])
 def test_every_save_comes_back_byte_for_byte(root: Path, codec: Codec, direct: bool) -> None:
     with ServiceDriver(str(root), codec=codec, direct=direct) as driver:
@@ -96,8 +96,9 @@ def test_coded_is_smaller_and_a_difference_smaller_still(root: Path) -> None:
     assert written["delta"] < 0.85 * written["zstd"]
 
 
-def test_what_has_not_changed_is_written_twice_and_then_no_more(root: Path) -> None:
-    with ServiceDriver(str(root), codec=ZSTD) as driver:
+@pytest.mark.parametrize("codec", [INCREMENTAL, ZSTD])
+def test_what_has_not_changed_is_written_twice_and_then_no_more(root: Path, codec: Codec) -> None:
+    with ServiceDriver(str(root), codec=codec) as driver:
         replies = [driver.save(step, state(step)) for step in range(1, 6)]
     first, second, *later = [reply.written for reply in replies]
     assert second < 1.1 * first and max(later) < 0.45 * first
@@ -114,6 +115,14 @@ def test_rm_of_any_checkpoint_harms_no_other(root: Path) -> None:
         shutil.rmtree(root / names.step_name(gone))
         for step in {1, 2, 3, 4, 5, 6} & {int(p.name[5:]) for p in root.glob("step-*")}:
             check(root, step, state(step))
+
+
+def test_incremental_codes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Coder, "encode")
+    with ServiceDriver(str(root), codec=INCREMENTAL) as driver:
+        replies = [driver.save(step, state(step)) for step in (1, 2, 3)]
+    assert {piece.codec for pieces in reader(root, 3).part("model").coded for piece in pieces} == {"raw"}
+    assert replies[0].written > len(state(1)["model"][0]), "all of it at first"
 
 
 def test_a_chain_is_no_longer_than_it_may_be(root: Path) -> None:
@@ -154,7 +163,7 @@ def test_the_bytes_decide_not_what_anybody_says_of_them(root: Path) -> None:
 
 
 def test_a_planted_blindness_to_changes_is_seen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "digest", lambda data: "0" * 32)
+    monkeypatch.setattr(coded, "digest", lambda data: "0" * 32)
     with ServiceDriver(str(root), codec=ZSTD) as driver:
         for step in range(1, 4):
             driver.save(step, state(step))
@@ -162,7 +171,7 @@ def test_a_planted_blindness_to_changes_is_seen(root: Path, monkeypatch: pytest.
         check(root, 3, state(3))
 
 
-@pytest.mark.parametrize("codec", [ZSTD, DELTA])
+@pytest.mark.parametrize("codec", [INCREMENTAL, ZSTD, DELTA])
 def test_a_base_that_is_gone_or_damaged_is_done_without(root: Path, codec: Codec, caplog: Any) -> None:
     with ServiceDriver(str(root), codec=codec) as driver:
         driver.save(1, state(1))
@@ -180,7 +189,7 @@ def test_a_base_that_is_gone_or_damaged_is_done_without(root: Path, codec: Codec
 
 def test_a_file_system_without_hard_links_to_data_only_costs_more(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(self: LocalStorage, source: str, key: str) -> None:
-        raise parts.StorageError("no more links", errno=31)
+        raise StorageError("no more links", errno=31)
 
     monkeypatch.setattr(LocalStorage, "share", refused)
     with ServiceDriver(str(root), codec=DELTA) as driver:
@@ -324,9 +333,12 @@ class SlowDisk(Posix):
         return super().pwrite(fd, data, offset)
 
 
-def auto_saves(root: Path, posix: Posix | None = None) -> list[str]:
+Images = list[bytes]
+CHANGING: Images = [image_of({"w": weights("BF16", 1 << 20, seed=i).view(np.uint16)})[1] for i in range(3)]
+
+
+def auto_saves(root: Path, posix: Posix | None = None, images: Images = CHANGING) -> list[str]:
     """What `codec="auto"` chose for each of some saves of 2 MB."""
-    images = [image_of({"w": weights("BF16", 1 << 20, seed=i).view(np.uint16)})[1] for i in range(3)]
     with ServiceDriver(str(root), posix, codec=Codec("auto", cores=1)) as driver:
         chosen = [driver.save(step, {"model": (image, step)}).codec for step, image in enumerate(images)]
     for step, image in enumerate(images):
@@ -335,12 +347,13 @@ def auto_saves(root: Path, posix: Posix | None = None) -> list[str]:
 
 
 def test_auto_codes_where_the_disk_is_the_slower(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts.Trial, "EVERY", 4)
+    monkeypatch.setattr(coding.Trial, "EVERY", 4)
     assert auto_saves(root, SlowDisk()) == ["raw", "zstd", "zstd"]
     assert list(root.glob("step-00000000/*/model.safetensors")), "a raw one is a safetensors file"
 
 
-def test_auto_leaves_raw_where_the_coder_is_the_slower(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def slow_coder(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Coder.encode
 
     def slowly(self: Coder, chunk: Any, *args: Any) -> Any:
@@ -348,4 +361,23 @@ def test_auto_leaves_raw_where_the_coder_is_the_slower(root: Path, monkeypatch: 
         return encode(self, chunk, *args)
 
     monkeypatch.setattr(Coder, "encode", slowly)
+
+
+@pytest.mark.usefixtures("slow_coder")
+def test_auto_leaves_raw_where_the_coder_is_the_slower(root: Path) -> None:
     assert auto_saves(root) == ["raw", "raw", "raw"]
+
+
+@pytest.mark.usefixtures("slow_coder")
+def test_auto_does_not_write_again_what_has_not_changed_and_goes_back_when_it_changes(root: Path) -> None:
+    first = bytearray(CHANGING[0])
+    first[-1] ^= 1
+    still = [bytes(first[:-1]) + bytes([i]) for i in range(4)]
+    chosen = auto_saves(root, images=still + [CHANGING[i % 3] for i in range(5)])
+    assert chosen[:5] == ["raw", "raw"] + 3 * ["incremental"]
+    assert chosen[-1] == "raw"
+
+
+def test_auto_codes_what_has_changed_where_the_disk_is_the_slower(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coding.Trial, "EVERY", 4)
+    assert auto_saves(root, SlowDisk(), [CHANGING[0]] * 4) == ["raw"] + 3 * ["zstd"]

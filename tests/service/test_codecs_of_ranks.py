@@ -15,7 +15,7 @@ from support.checkpoints import flip, image_of
 from support.numbers import weights
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CorruptCheckpointError
+from asyncckpt.errors import CorruptCheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.manifest import FileRecord, digest, encode
 from asyncckpt.policy.codec import Codec
@@ -24,7 +24,7 @@ from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.testing import RanksDriver
 from asyncckpt.testing.service import Value
-from asyncckpt.write import parts, pipeline, ranks
+from asyncckpt.write import pipeline, ranks
 from asyncckpt.write.bases import Base
 
 DELTA = Codec("delta", max_chain=3)
@@ -151,7 +151,7 @@ def test_bases_that_are_gone_damaged_or_can_not_be_shared(root: Path, monkeypatc
         saved(driver, 4, 5)
 
         def refused(self: LocalStorage, source: str, key: str) -> None:
-            raise parts.StorageError("no more links", errno=31)
+            raise StorageError("no more links", errno=31)
 
         monkeypatch.setattr(LocalStorage, "share", refused)
         saved(driver, 6, 7)

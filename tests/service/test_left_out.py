@@ -20,7 +20,7 @@ from asyncckpt.snapshot import known
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.write import messages as m
-from asyncckpt.write import parts, pipeline
+from asyncckpt.write import pipeline
 
 CHUNK = 1 << 14
 LEFT_OUT: list[m.Same] = []
@@ -79,7 +79,7 @@ def checkpointer(path: Path, **options: Any) -> asyncckpt.Checkpointer:
 
 
 @pytest.mark.parametrize("overlap", [False, True, "auto"])
-@pytest.mark.parametrize("codec", ["zstd", "delta"])
+@pytest.mark.parametrize("codec", ["incremental", "zstd", "delta"])
 def test_frozen_layers_are_left_out_and_come_back(tmp_path: Path, overlap: Any, codec: Any) -> None:
     state, saved = training(model()), {}
     with checkpointer(tmp_path, overlap=overlap, codec=codec) as ckpt:
@@ -185,7 +185,7 @@ def test_the_base_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share
                 shutil.rmtree(path)
 
         def refused(self: LocalStorage, source: str, key: str) -> None:
-            raise parts.StorageError("no more links", errno=31)
+            raise asyncckpt.StorageError("no more links", errno=31)
 
         if not shares:
             monkeypatch.setattr(LocalStorage, "share", refused)
@@ -234,7 +234,7 @@ def test_a_random_life_comes_back_bit_for_bit(tmp_path: Path, seed: int) -> None
     before = {name: t.clone() for name, t in odd.state_dict().items()}
     saved: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
     options: dict[str, Any] = {
-        "codec": coin.choice(["zstd", "delta"]),
+        "codec": coin.choice(["incremental", "zstd", "delta", "auto"]),
         "overlap": coin.choice([False, True, "auto"]),
         "max_in_flight": coin.choice([1, 2, 3]),
         "keep": coin.choice([None, asyncckpt.Keep(last=2)]),

@@ -97,7 +97,7 @@ def live(
             return True
         return False
 
-    codec = rng.choice([Codec(), Codec("zstd"), Codec("delta", 2)])
+    codec = rng.choice([Codec(), Codec("incremental"), Codec("zstd"), Codec("delta", 2)])
     for start in range(2):
         try:
             driver = ServiceDriver(url, keep=Keep(last=3), codec=codec, options=faulty)
