@@ -89,11 +89,11 @@ class Checkpointer:
         writer: "process", which finishes what is staged even if this process is killed, or "thread". Where there is
             no memfd (not Linux), and for memory://, it is always a thread.
         codec: how the state is stored, always without loss. "raw": safetensors files that any reader opens, at the
-            speed of the disk. "incremental": what has not changed since the last save is not written again, nor
-            copied. "zstd": that, and the rest smaller (bf16 weights to about two thirds), for time of the cores in the
-            background. "delta": that, and what has changed as its difference from the last save, which is smallest
-            when saves are few steps apart. "auto": "raw", "incremental" or "zstd", whichever is committed soonest
-            with the state, the disk and the cores that there are.
+            speed of the disk. "incremental": what has not changed since the last save is not written again. "zstd":
+            that, and the rest smaller (bf16 weights to about two thirds), for time of the cores in the background.
+            "delta": that, and what has changed as its difference from the last save, which is smallest when saves
+            are few steps apart. "auto": "raw" or "zstd", whichever is committed sooner with the disk and the cores
+            that there are.
         max_chain: with "delta", the most saves in a row that may hang on one another; reading the last one back takes
             so many times longer.
         codec_cores: the most cores that coding takes at a time; without it, those that this process may use.

@@ -12,10 +12,6 @@ NAMES = ("raw", "incremental", "zstd", "delta", "auto")
 _CLEARLY = 0.9
 """The share of the time that the other way must take at most, for a change: measurements scatter."""
 
-_NEW_BLOCKS = 1.5
-"""How much longer it takes to write what gets new blocks of the disk than what is written over a retired file, as only
-raw files are: 1.4 to 1.8 where that differs. Half as much again is also what plain files are worth to other readers."""
-
 _NEWEST = 0.5
 """The weight of the newest save in what is measured."""
 
@@ -35,23 +31,16 @@ class Rates(msgspec.Struct, frozen=True):
     """What storing takes, as measured while saving; None where nothing of the kind was done.
 
     `sink`: bytes per second that the storage takes. `coder`: bytes of state per second that one core codes; `share`:
-    what is left of them. `changed`: the share of the state's bytes in chunks that are not what they were in the save
-    before.
+    what is left of them.
     """
 
     sink: float | None = None
     coder: float | None = None
     share: float | None = None
-    changed: float | None = None
 
     def then(self, newer: Rates) -> Rates:
         """These, after another save."""
-        return Rates(
-            _blend(self.sink, newer.sink),
-            _blend(self.coder, newer.coder),
-            _blend(self.share, newer.share),
-            _blend(self.changed, newer.changed),
-        )
+        return Rates(_blend(self.sink, newer.sink), _blend(self.coder, newer.coder), _blend(self.share, newer.share))
 
 
 def _blend(old: float | None, new: float | None) -> float | None:
@@ -61,16 +50,15 @@ def _blend(old: float | None, new: float | None) -> float | None:
 
 
 def choose(now: Name, rates: Rates, cores: int) -> Name:
-    """ "raw", "incremental" or "zstd": that by which a save is committed soonest, on `cores`; `now` unless another
-    clearly is.
+    """ "raw" or "zstd": the one by which a save is committed sooner, on `cores`; `now` unless the other clearly is.
 
     Coding and writing go on side by side, so a coded save takes as long as the slower of the two.
     """
-    if not rates.sink:
+    if not rates.sink or not rates.coder or rates.share is None:
         return now
-    changed = 1.0 if rates.changed is None else rates.changed
-    seconds: dict[Name, float] = {"raw": 1 / rates.sink, "incremental": _NEW_BLOCKS * changed / rates.sink}
-    if rates.coder and rates.share is not None:
-        seconds["zstd"] = changed * max(1 / (rates.coder * cores), rates.share / rates.sink)
-    soonest = min(seconds, key=seconds.__getitem__)
-    return soonest if now in seconds and seconds[soonest] < _CLEARLY * seconds[now] else now
+    seconds: dict[Name, float] = {
+        "raw": 1 / rates.sink,
+        "zstd": max(1 / (rates.coder * cores), rates.share / rates.sink),
+    }
+    other: Name = "zstd" if now == "raw" else "raw"
+    return other if seconds[other] < _CLEARLY * seconds[now] else now

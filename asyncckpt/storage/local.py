@@ -210,6 +210,11 @@ class LocalStorage:
         if self.direct:
             self._spares = Spares(self.posix, self.root)
 
+    def drop_recycled(self) -> None:
+        """Remove what is set aside: files of the kind that `create` writes over will not be made for a while."""
+        if self._spares is not None:
+            self._spares.drop()
+
     def end_recycling(self) -> None:
         """Remove what is set aside."""
         spares, self._spares = self._spares, None

@@ -71,8 +71,9 @@ class Spares:
         return fd
 
     def drop(self) -> bool:
-        """Give the disk their space; whether there were any."""
+        """Give the disk their space; whether there were any. None are kept until files of their names are written."""
         with self._lock:
+            self._written.clear()
             kept, self._kept = self._kept, {}
         for spare in kept.values():
             self._remove(spare)

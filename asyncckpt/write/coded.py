@@ -16,7 +16,7 @@ from asyncckpt.format.pieces import DELTA, PAGE, RAW, Piece, Shared, digests_of_
 from asyncckpt.read.pieces import Bench
 from asyncckpt.storage.base import WritableFile
 from asyncckpt.write.bases import Base, BaseGone
-from asyncckpt.write.coding import Coding, Trial, encode, layout_of
+from asyncckpt.write.coding import Coding, encode, layout_of
 from asyncckpt.write.parts import NO_TREE, Place, WrittenPart
 
 
@@ -35,13 +35,12 @@ class CodedPart:
         entries: Mapping[str, Entry],
         base: Base | None,
         origin: Base | None,
-        plain: bool = False,
-        trial: Trial | None = None,
+        plain: bool,
     ) -> None:
         """`entries` are what the image holds, after its header, if it is to be coded; from `origin` comes what is the
         `same`.
         """
-        self._place, self._coding, self._trial = place, coding, trial
+        self._place, self._coding = place, coding
         self._layout = None if plain else layout_of(place, entries)
         self._base = base if base is not None and base.fits(place.size, place.chunk_size) else None
         self._origin = origin
@@ -52,8 +51,6 @@ class CodedPart:
 
     def write(self, index: int, data: memoryview) -> None:
         found = digest(data)
-        if self._trial is not None:
-            self._trial.compare(index, len(data), found)
         if self._shared(index, found):
             return
         known = self._known(index)
@@ -65,8 +62,6 @@ class CodedPart:
                 with self._coding.cores:
                     base = self._base.read(index, len(data), bench)
             self._store(index, data, found, base, self._still if unchanged else self._live, bench)
-        if self._layout is None and self._trial is not None:
-            self._trial.code(index, data)
 
     def same(self, index: int, length: int, found: str) -> None:
         """Take chunk `index`, of so many bytes, for what it is in the origin: its digest there is `found`.
@@ -74,8 +69,6 @@ class CodedPart:
         Raises:
             StorageError: it is to be written anew, and can't be read there.
         """
-        if self._trial is not None:
-            self._trial.compare(index, length, found)
         if self._shared(index, found):
             return
         with self._coding.bench() as bench:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from asyncckpt.format.image import Entry
-from asyncckpt.format.manifest import PartRecord
 from asyncckpt.read.pieces import Bench
 from asyncckpt.write.meter import Meter
 from asyncckpt.write.parts import Place
@@ -25,22 +23,19 @@ if TYPE_CHECKING:  # numpy is loaded only where something is coded
 class Coding:
     """What parts share that are coded, or may be: benches for the threads, the cores that coding may take, and how long
     chains may be.
-
-    `tried`, where something chooses between raw and coded: by part, its record as it was committed last, raw or not.
     """
 
     benches: SimpleQueue[Bench]
     cores: threading.Semaphore
     max_chain: int
-    tried: dict[str, PartRecord] | None = None
 
     @classmethod
-    def of(cls, threads: int, cores: int, max_chain: int, tried: bool) -> Coding:
+    def of(cls, threads: int, cores: int, max_chain: int) -> Coding:
         """`max_chain` 0: nothing hangs on a base."""
         benches: SimpleQueue[Bench] = SimpleQueue()
         for _ in range(threads):
             benches.put(Bench())
-        return cls(benches, threading.Semaphore(cores), max_chain, {} if tried else None)
+        return cls(benches, threading.Semaphore(cores), max_chain)
 
     @contextmanager
     def bench(self) -> Iterator[Bench]:
@@ -72,27 +67,17 @@ def layout_of(place: Place, entries: Mapping[str, Entry]) -> Layout:
 
 
 class Trial:
-    """What the other ways of storing a part would take, for what chooses between them."""
+    """Codes one chunk of each `EVERY`, and forgets it: for what chooses between raw and coded."""
 
     EVERY = 32
-    """So many chunks are stored while one is coded, too, and forgotten."""
 
     def __init__(self, place: Place, coding: Coding, entries: Mapping[str, Entry]) -> None:
         self._place, self._coding = place, coding
         self._layout = layout_of(place, entries)
-        before = (coding.tried or {}).get(place.part)
-        fits = before is not None and (before.size, before.chunk_size) == (place.size, place.chunk_size)
-        self._before = before.digests if before is not None and fits else None
-        self._seen = itertools.count()
+        self._which = min(1, (place.size - 1) // place.chunk_size)
 
-    def compare(self, index: int, size: int, found: str) -> None:
-        """Hold the digest `found` of a chunk against what was committed last."""
-        if self._before is not None:
-            self._place.meter.compared(size, self._before[index] != found)
-
-    def code(self, index: int, data: memoryview) -> None:
-        """Code a chunk if it is its turn."""
-        if next(self._seen) % self.EVERY == 0:
+    def see(self, index: int, data: memoryview) -> None:
+        if index % self.EVERY == self._which:
             start = index * self._place.chunk_size
             with self._coding.bench() as bench:
                 encode(bench, data, self._layout.runs(start, start + len(data)), None, self._coding, self._place.meter)

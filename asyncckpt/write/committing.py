@@ -16,6 +16,7 @@ from asyncckpt.format import names
 from asyncckpt.format.manifest import Manifest
 from asyncckpt.policy.codec import Codec, Name, Rates, choose
 from asyncckpt.storage.base import Storage
+from asyncckpt.storage.local import LocalStorage
 from asyncckpt.write import messages as m
 from asyncckpt.write.bases import Base, BaseGone
 from asyncckpt.write.coding import Coding
@@ -163,12 +164,12 @@ class Committer:
             if written.record.coded:
                 about = self._storage, attempt.folder, written.record, written.files
                 self._bases[part] = await self._workers.run(Base, *about)
-        if self._coding is not None and self._coding.tried is not None:
-            self._coding.tried.update({part: written.record for part, written in prepared.parts.items()})
         _close(before)
         self._rates = self._rates.then(attempt.meter.rates)
         if self._codec.name == "auto":
-            self._using = choose(self._using, self._rates, self._codec.cores or available_cores())
+            using, self._using = self._using, choose(self._using, self._rates, self._codec.cores or available_cores())
+            if using == "raw" != self._using and isinstance(self._storage, LocalStorage):
+                await self._workers.run(self._storage.drop_recycled)
 
     def _known(self) -> dict[str, m.Known]:
         """What the next save may leave out, if nobody has to look at all of it."""
@@ -188,8 +189,7 @@ async def guarded(what: str, work: Awaitable[None]) -> None:
 def _coding(codec: Codec, threads: int) -> Coding | None:
     if codec.name == "raw":
         return None
-    cores, max_chain = codec.cores or available_cores(), codec.max_chain if codec.name == "delta" else 0
-    return Coding.of(threads, cores, max_chain, tried=codec.name == "auto")
+    return Coding.of(threads, codec.cores or available_cores(), codec.max_chain if codec.name == "delta" else 0)
 
 
 def _close(bases: Mapping[str, Base]) -> None:

@@ -1,4 +1,4 @@
-"""What storing one save takes: how fast the storage is at work, how fast a core codes, and how much has changed."""
+"""What storing one save takes: how fast the storage is while it is at work, and how fast a core codes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ class Meter:
         self._writers, self._since = 0, 0.0
         self._wrote, self._writing = 0, 0.0
         self._took, self._gave, self._coding = 0, 0, 0.0
-        self._compared, self._changed = 0, 0
 
     @contextmanager
     def writing(self, size: int) -> Iterator[None]:
@@ -41,11 +40,6 @@ class Meter:
         with self._lock:
             self._took, self._gave, self._coding = self._took + took, self._gave + gave, self._coding + seconds
 
-    def compared(self, size: int, changed: bool) -> None:
-        """A chunk of `size` bytes was held against what it was in the save before."""
-        with self._lock:
-            self._compared, self._changed = self._compared + size, self._changed + changed * size
-
     @property
     def rates(self) -> Rates:
         with self._lock:
@@ -53,5 +47,4 @@ class Meter:
                 sink=self._wrote / self._writing if self._writing else None,
                 coder=self._took / self._coding if self._coding else None,
                 share=self._gave / self._took if self._took else None,
-                changed=self._changed / self._compared if self._compared else None,
             )

@@ -126,7 +126,7 @@ class Attempt:
     ) -> None:
         """`bases` are parts as they were committed last; `origins` too, where nothing is to hang on them any more.
 
-        With `codec` "raw" there is `coding` only where it is tried.
+        With `codec` "raw" and `coding`, that is only tried.
         """
         self._save, self._attempt = save, attempt
         self._scans: dict[str, FiniteScan] | None = {} if check_finite else None
@@ -195,13 +195,12 @@ class Attempt:
         place = Place(self._storage, self.folder, *about, CHUNK_SIZE, self.meter, self._rank)
         if self._coding is None:
             return await self._workers.run(RawPart, place)
-        plain, tried = self._codec == "incremental", self._coding.tried is not None
-        entries = await self._entries(span) if tried or not plain else {}
-        trial = Trial(place, self._coding, entries) if tried else None
+        coding, plain = self._coding, self._codec == "incremental"
+        entries = {} if plain else await self._entries(span)
         if self._codec == "raw":
-            return await self._workers.run(RawPart, place, trial)
+            return await self._workers.run(lambda: RawPart(place, Trial(place, coding, entries)))
         before = self._bases.get(span.part), self._origins.get(span.part)
-        return await self._workers.run(CodedPart, place, self._coding, entries, *before, plain, trial)
+        return await self._workers.run(CodedPart, place, coding, entries, *before, plain)
 
     async def _entries(self, span: Span) -> dict[str, Entry]:
         """What the image holds, once its header is staged."""

@@ -148,7 +148,7 @@ SCENARIOS = {
     "ranks_overwriting": Scenario(overwriting, world=2),
     "ranks_deleting": Scenario(deleting, world=3),
 }
-if float(os.environ.get("ASYNCCKPT_TORTURE", "1")) > 1:  # it takes a minute even in its short form
+if float(os.environ.get("ASYNCCKPT_TORTURE", "1")) > 1:  # they take a minute even in their short form
     SCENARIOS["ranks_differences"] = replace(SCENARIOS["differences"], world=2)
     SCENARIOS["incremental"] = replace(SCENARIOS["coded"], codec=Codec("incremental"))
 

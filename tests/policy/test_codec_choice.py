@@ -23,27 +23,6 @@ def test_the_sooner_committed_is_chosen(sink: float, coder: float, share: float,
     assert choose("raw", rates, cores) == expected
 
 
-@pytest.mark.parametrize(
-    ("sink", "changed", "expected"),
-    [
-        (2.5, 0.05, "incremental"),  # a fast disk, and LoRA
-        (2.5, 0.5, "incremental"),
-        (2.5, 0.8, "raw"),  # plain files, and blocks that are there, are worth more
-        (0.2, 0.05, "zstd"),
-        (0.2, 1.0, "zstd"),
-    ],
-)
-def test_what_has_not_changed_is_not_written_again(sink: float, changed: float, expected: str) -> None:
-    rates = Rates(sink * GB, 0.6 * GB, 0.8, changed)
-    assert choose("raw", rates, 2) == expected
-    assert choose("raw", Rates(sink * GB, changed=changed), 2) == ("raw" if changed > 0.5 else "incremental")
-
-
-def test_a_state_that_changes_again_goes_back_to_plain_files() -> None:
-    rates = Rates(2.5 * GB, 0.6 * GB, 0.8, 0.95)
-    assert choose("incremental", rates, 2) == "raw"
-
-
 def test_it_stays_where_the_other_is_not_clearly_better() -> None:
     rates = Rates(1 * GB, 10 * GB, 0.93)
     assert [choose(now, rates, 2) for now in ("raw", "zstd")] == ["raw", "zstd"]
@@ -55,6 +34,6 @@ def test_nothing_is_chosen_before_all_is_known() -> None:
 
 
 def test_measurements_follow_what_changes_and_keep_what_was_not_measured() -> None:
-    rates = Rates(sink=8.0).then(Rates(sink=4.0, coder=2.0, share=0.5, changed=0.1))
-    assert rates == Rates(6.0, 2.0, 0.5, 0.1)
+    rates = Rates(sink=8.0).then(Rates(sink=4.0, coder=2.0, share=0.5))
+    assert rates == Rates(6.0, 2.0, 0.5)
     assert rates.then(Rates()) == rates

@@ -16,6 +16,7 @@ from support.checkpoints import image_of
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import StorageError
 from asyncckpt.format import names
+from asyncckpt.policy.codec import Codec, Name
 from asyncckpt.policy.keep import Keep
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage import spares
@@ -23,6 +24,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import FaultyPosix, ServiceDriver
 from asyncckpt.testing.service import Value
+from asyncckpt.write import committing
 
 SIZE = 1 << 17
 
@@ -199,3 +201,14 @@ def test_a_full_disk_gets_what_is_set_aside(root: Path) -> None:
         driver.save(4, {"fresh": value(4)["model"]})
         check(root, 4, {"fresh": value(4)["model"]})
         assert not before.exists()
+
+
+def test_nothing_stays_set_aside_once_files_are_coded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Name] = ["raw", "raw", "zstd", "zstd", "zstd"]
+    monkeypatch.setattr(committing, "choose", lambda *about: chosen.pop(0))
+    with ServiceDriver(str(root), keep=Keep(last=1), codec=Codec("auto")) as driver:
+        for step in range(1, 6):
+            driver.save(step, value(step))
+            settle(driver)
+            check(root, step, value(step))
+            assert bool(spare(root)) == (step == 2), "the third save was raw, and is known to be the last"
