@@ -216,10 +216,9 @@ class LocalStorage:
             self._spares.drop()
 
     def end_recycling(self) -> None:
-        """Remove what is set aside."""
-        spares, self._spares = self._spares, None
-        if spares is not None:
-            spares.drop()
+        """Remove what is set aside, and set nothing aside any more."""
+        self.drop_recycled()
+        self._spares = None
 
     def recycle(self, folder: str) -> None:
         """Set images in `folder` aside: that of an attempt that was committed, and durably is of no checkpoint now."""

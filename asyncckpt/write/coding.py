@@ -21,9 +21,7 @@ if TYPE_CHECKING:  # numpy is loaded only where something is coded
 
 @dataclass(frozen=True)
 class Coding:
-    """What parts share that are coded, or may be: benches for the threads, the cores that coding may take, and how long
-    chains may be.
-    """
+    """What coded parts share: benches for the threads, the cores that coding may take, and how long chains may be."""
 
     benches: SimpleQueue[Bench]
     cores: threading.Semaphore

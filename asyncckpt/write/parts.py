@@ -15,6 +15,7 @@ from asyncckpt.storage.base import Storage
 from asyncckpt.write.meter import Meter
 
 NO_TREE = msgspec.Raw(b"null")
+"""Stands in the record of a part until its tree is known."""
 
 
 @dataclass(frozen=True)
