@@ -19,7 +19,7 @@ None of it imports torch. A recording of a save and all that a power cut may mak
 
 from asyncckpt.testing.crash import Cut, Disk, materialised, power_cuts
 from asyncckpt.testing.faults import FaultyPosix, FifoHold, Hold
-from asyncckpt.testing.promises import Promises, examine
+from asyncckpt.testing.promises import MirrorPromises, Promises, examine
 from asyncckpt.testing.ranks import RanksDriver
 from asyncckpt.testing.recording import Note, Operation, RecordingPosix
 from asyncckpt.testing.service import ServiceDriver
@@ -33,6 +33,7 @@ __all__ = [
     "FaultyPosix",
     "FifoHold",
     "Hold",
+    "MirrorPromises",
     "Note",
     "Operation",
     "PosixWrapper",

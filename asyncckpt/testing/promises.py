@@ -40,6 +40,14 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Mirrored:
+    """It was reported to be on the mirror. `content` is None where an earlier service had saved it."""
+
+    step: int
+    content: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Deleting:
     step: int
 
@@ -71,7 +79,7 @@ class Unpinning:
     step: int
 
 
-Event = Saving | Saved | Deleting | Deleted | Rewinding | Rewound | Pinned | Unpinning
+Event = Saving | Saved | Mirrored | Deleting | Deleted | Rewinding | Rewound | Pinned | Unpinning
 
 
 @dataclass
@@ -98,10 +106,7 @@ class Promises:
             case Saving(step, content):
                 self.may.setdefault(step, []).append(content)
             case Saved(step, content):
-                saving = self.may[step]
-                self.may[step] = saving[saving.index(content) :]
-                self.must.add(step)
-                self._retire()
+                self._there(step, content)
             case Deleting(step):
                 self.must.discard(step)
             case Deleted(step):
@@ -115,6 +120,12 @@ class Promises:
             case Unpinning(step):
                 self.pinned.discard(step)
                 self._retire()
+
+    def _there(self, step: int, content: str) -> None:
+        saving = self.may[step]
+        self.may[step] = saving[saving.index(content) :]
+        self.must.add(step)
+        self._retire()
 
     def _retire(self) -> None:
         if self.keep is not None:
@@ -136,6 +147,17 @@ class Promises:
         if found.error is None and found.newest != max(found.contents, default=None):
             broken.append(f"restore gives step {found.newest}, not the newest of {sorted(found.contents)}")
         return broken
+
+
+class MirrorPromises(Promises):
+    """The same of the mirror of a run, of which `keep` is then the policy. It learns of rewinds and pins later."""
+
+    def tell(self, event: Event) -> None:
+        match event:
+            case Mirrored(step, content):
+                self._there(step, content or self.may[step][0])
+            case Saving() | Deleting() | Deleted() | Rewinding():
+                super().tell(event)
 
 
 @dataclass

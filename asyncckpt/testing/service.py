@@ -26,6 +26,7 @@ from asyncckpt.testing.promises import (
     Deleted,
     Deleting,
     Event,
+    Mirrored,
     Pinned,
     Rewinding,
     Rewound,
@@ -72,6 +73,8 @@ class ServiceDriver:
         rank: int = 0,
         ready: Callable[[], None] = lambda: None,
         options: StorageOptions = StorageOptions(),  # noqa: B008
+        mirror: str | None = None,
+        mirror_keep: Keep | None = None,
     ) -> None:
         self._note, self._ready = note, ready
         self._catalog = Catalog(open_storage(root, options, posix=posix))
@@ -83,7 +86,8 @@ class ServiceDriver:
         self._known: dict[str, m.Known] = {}
         self._numbers = itertools.count(1)
         self._writer = ThreadWriter(self._on_reply, self._on_death, posix)
-        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank, options=options))
+        to = None if mirror is None else m.MirrorTo(mirror, mirror_keep)
+        self._writer.send(m.Open(root, 5.0, keep, direct, codec=codec, rank=rank, options=options, mirror=to))
         opened = self._await(lambda r: isinstance(r, m.Opened | m.Refused))
         if isinstance(opened, m.Refused):
             self._writer.join(PATIENCE)
@@ -194,6 +198,10 @@ class ServiceDriver:
         self._note(Rewinding(step))
         self._call(m.RewindTo(next(self._numbers), step), Rewound(step))
 
+    def await_mirror(self) -> None:
+        """Wait until all that is committed is mirrored, or passed over."""
+        self._done(m.AwaitMirror(next(self._numbers)))
+
     def pin(self, step: int) -> None:
         notes.pin(self._catalog, step)
         self._note(Pinned(step))
@@ -218,6 +226,9 @@ class ServiceDriver:
 
     def _call(self, request: m.Delete | m.RewindTo, event: Event) -> None:
         self._events[request.call] = event
+        self._done(request)
+
+    def _done(self, request: m.Delete | m.RewindTo | m.AwaitMirror) -> None:
         self._writer.send(request)
         done = self._await(lambda r: isinstance(r, m.Done) and r.call == request.call)
         assert isinstance(done, m.Done)
@@ -240,6 +251,9 @@ class ServiceDriver:
         faulty = isinstance(reply, m.Done) and reply.fault is not None
         if number in self._events and not faulty:
             self._note(self._events[number])
+        if isinstance(reply, m.Mirrored) and not reply.passed_over and reply.fault is None:
+            saved = self._events.get(reply.save)
+            self._note(Mirrored(reply.step, saved.content if isinstance(saved, Saved) else None))
         with self._changed:
             self._replies.append(reply)
             self._changed.notify_all()

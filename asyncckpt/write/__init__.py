@@ -8,7 +8,7 @@ bases     what was committed last of a part: to share, to differ from, to be lef
 ranks     the share of one of several ranks
 retention what goes after a commit
 mirror    the queue of what is to be copied to a second storage; `copying` copies one step, `sidecars` what may change
-          after a commit, `journal` writes down what is there already
+          after a commit, `journal` writes down what is there already, `standing` is how it fares, and who waits for it
 committing one save after the other: attempts, publishing, what the next may hang on
 service   the queue of saves, ownership, commands; asyncio orchestrates, threads move bytes
 workers   those threads

@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from msgspec import structs
-
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.custody import Custody
 from asyncckpt.catalog.ownership import Ownership
@@ -31,6 +29,7 @@ from asyncckpt.write import messages as m
 from asyncckpt.write.copying import StepCopy, Superseded, Surroundings
 from asyncckpt.write.journal import Journal
 from asyncckpt.write.sidecars import Sidecars
+from asyncckpt.write.standing import Standing
 from asyncckpt.write.workers import Workers
 
 log = logging.getLogger("asyncckpt")
@@ -39,7 +38,6 @@ _FIRST_WAIT, _LAST_WAIT = 0.5, 60.0
 """Seconds before a mirror that failed is tried again, at first and at most."""
 _LOOK = 60.0
 """Seconds that the mirror has at the start to say what it holds."""
-_PROGRESS_STEP = 64 << 20
 _LAST_MOMENT = 2.0
 """Seconds that a mirror which is given up has to end by itself."""
 
@@ -108,14 +106,9 @@ class Mirror:
         self._custody_lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self._over = threading.Event()
-        self._wake, self._changed = asyncio.Event(), asyncio.Event()
+        self._wake = asyncio.Event()
         self._idle = False
-        self._moved = time.monotonic()
-        self._error: Exception | None = None
-        self._failing_since, self._failures = 0.0, 0
-        self._nudge = asyncio.Event()
-        self._waiting = 0
-        self._counts = self._told = m.MirrorState()
+        self._standing = Standing(to, self._workers, reply, lambda: len(self._jobs))
         self._alone: Callable[[], bool] | None = None
 
     # What the service asks
@@ -147,10 +140,10 @@ class Mirror:
     def noted(self) -> None:
         """There is something to do: a step, or notes or rewinds that have changed."""
         if self._idle:
-            self._moved = time.monotonic()
+            self._standing.moves()
         self._idle = False
         self._wake.set()
-        self._tell()
+        self._standing.tell()
 
     def lacks(self, record: Record) -> bool:
         """Whether a checkpoint of here is still to be mirrored, as far as is known. Safe to call from any thread."""
@@ -167,7 +160,9 @@ class Mirror:
         """
         custody = self._custody
         if custody is None:
-            raise StorageError(f"{self._to.url} can't be changed now: {self._error or 'it is not reached yet'}")
+            raise StorageError(
+                f"{self._to.url} can't be changed now: {self._standing.error or 'it is not reached yet'}"
+            )
         self._take_out(step)
         async with self._custody_lock:
             there = await self._workers.run(custody.catalog.exists, step)
@@ -189,20 +184,9 @@ class Mirror:
         Raises:
             Exception: what the mirror fails of, for good or for `timeout` seconds; or it hangs.
         """
-        self._waiting += 1
-        self._workers.hurry = True
-        self._nudge.set()
-        since = time.monotonic(), self._failures
-        try:
-            while not (self._idle if save == 0 else all(save not in job.saves for job in self._jobs.values())):
-                error, left = self._patience(*since)
-                if left <= 0:
-                    raise error
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), left)
-        finally:
-            self._waiting -= 1
-            self._workers.hurry = self._waiting > 0
+        await self._standing.until(
+            lambda: self._idle if save == 0 else all(save not in job.saves for job in self._jobs.values())
+        )
 
     async def finish(self, alone: Callable[[], bool]) -> None:
         """Mirror what there is, unless the mirror fails or another service comes to own the run: that will go on.
@@ -248,66 +232,23 @@ class Mirror:
                     await self._come_to_own()
                 await self._mirror_all()
             except Exception as error:
-                self._fails(error)
-                await self._rest(wait * random.uniform(0.5, 1.0))
+                self._standing.fails(error)
+                await self._standing.rest(wait * random.uniform(0.5, 1.0))
                 wait = _FIRST_WAIT if isinstance(error, ConflictError) else min(2 * wait, _LAST_WAIT)
             else:
                 wait = _FIRST_WAIT
-                self._recovers()
+                self._standing.recovers()
                 self._idle = not self._wake.is_set()
-                self._tell()
+                self._standing.tell()
                 await self._wake.wait()
-
-    async def _rest(self, seconds: float) -> None:
-        """Stand back for so long, or until somebody comes to wait for the mirror."""
-        self._nudge.clear()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nudge.wait(), seconds)
-
-    def _fails(self, error: Exception) -> None:
-        if self._error is None:
-            self._failing_since = time.monotonic()
-            level = logging.INFO if isinstance(error, ConflictError) else logging.WARNING
-            log.log(level, "mirroring to %s fails, and is tried again: %s", self._to.url, error)
-        self._error = error
-        self._failures += 1
-        self._tell()
-
-    def _recovers(self) -> None:
-        if self._error is not None:
-            log.info("mirroring to %s goes on", self._to.url)
-        self._error = None
-
-    def _patience(self, asked: float, failures: int) -> tuple[Exception, float]:
-        """What whoever waits is to be told, and in how many seconds. It was `asked` after so many `failures`: the
-        mirror is tried once more at least."""
-        now = time.monotonic()
-        if self._error is None:
-            silent = f"{self._to.url} has taken nothing for {self._to.timeout:g} s: is it slow or hung?"
-            return StorageError(silent, retryable=True), self._moved + self._to.timeout - now
-        if self._failures == failures:
-            return self._error, asked + self._to.timeout - now
-        passing = isinstance(self._error, ConflictError) or getattr(self._error, "retryable", False)
-        return self._error, self._failing_since + self._to.timeout - now if passing else 0.0
-
-    def _tell(self) -> None:
-        """Say how things stand, where that has changed, and wake those who wait."""
-        state = structs.replace(self._counts, backlog=len(self._jobs), error=str(self._error or ""))
-        if state != self._told:
-            self._told = state
-            self._reply(state)
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
     async def _take(self, size: int) -> None:
         """Wait until `size` bytes may go."""
         delay = self._pace.reserve(size)
-        self._moved = time.monotonic() + delay
+        self._standing.moves(delay)
         if delay > 0:
             await asyncio.sleep(delay)
-        self._counts = structs.replace(self._counts, bytes=self._counts.bytes + size)
-        if self._counts.bytes - self._told.bytes >= _PROGRESS_STEP:
-            self._tell()
+        self._standing.took(size)
 
     # Owning the target
 
@@ -367,7 +308,7 @@ class Mirror:
             await self._pass_over(self._custody)
             if self._jobs:
                 await self._mirror(self._custody, max(self._jobs.values(), key=lambda job: job.sequence))
-                self._recovers()
+                self._standing.recovers()
 
     async def _pass_over(self, custody: Custody) -> None:
         """Take what retention would delete there out of the queue."""
@@ -435,7 +376,7 @@ class Mirror:
             replaced = await self._workers.run(self._publish, custody, manifest, data)
             custody.active.discard(job.folder)
             self._forget(job)
-            self._counts = structs.replace(self._counts, step=job.step, steps=self._counts.steps + 1)
+            self._standing.has(job.step)
             self._tell_of(job)
             await self._workers.run(self._journal.drop, job.folder)
             try:
@@ -472,10 +413,11 @@ class Mirror:
         return True
 
     def _tell_of(self, job: Job, *, passed_over: bool = False, fault: m.Fault | None = None) -> None:
-        self._counts = structs.replace(self._counts, passed_over=self._counts.passed_over + passed_over)
+        if passed_over:
+            self._standing.passes_over()
         for save in job.saves or [0]:
             self._reply(m.Mirrored(save, job.step, passed_over, fault))
-        self._tell()
+        self._standing.tell()
         if fault is None and self._alone is None:
             self._landed()
 

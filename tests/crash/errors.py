@@ -114,7 +114,9 @@ class Trial:
         broken = [f"{when}: {why}" for why in promises.violations(examine(self.base / RUN))]
         if samples and not broken:
             start = self._first_error() if everywhere else len(log) - 1
-            report = cut_everywhere(log, self.base, self.deed.keep, samples=samples, seed=1, start=start)
+            report = cut_everywhere(
+                log, self.base, {RUN: Promises(self.deed.keep)}, samples=samples, seed=1, start=start
+            )
             self.states += report.states
             broken = report.violations
         return broken

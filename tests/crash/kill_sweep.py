@@ -20,14 +20,25 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from asyncckpt.testing import CHANGES, FaultyPosix, Promises, ServiceDriver, examine
+from asyncckpt.testing import CHANGES, FaultyPosix, ServiceDriver
 from asyncckpt.testing.faults import ANY, When
-from asyncckpt.testing.promises import Deleted, Deleting, Event, Pinned, Rewinding, Rewound, Saved, Saving, Unpinning
-from crash.rig import RUN, after_sweep, chunks_of, memory_folder, sweep
+from asyncckpt.testing.promises import (
+    Deleted,
+    Deleting,
+    Event,
+    Mirrored,
+    Pinned,
+    Rewinding,
+    Rewound,
+    Saved,
+    Saving,
+    Unpinning,
+)
+from crash.rig import RUN, behind, chunks_of, held_against, memory_folder, places
 from crash.scenarios import SCENARIOS, Scenario, resume
 
 WHENS: tuple[When, ...] = ("before", "during", "after")
-_KINDS = (Saving, Saved, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
+_KINDS = (Saving, Saved, Mirrored, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
 _EVENTS = {kind.__name__: kind for kind in _KINDS}
 
 
@@ -64,14 +75,15 @@ class Life:
 
     def __init__(self, base: Path, scenario: Scenario, direct: bool) -> None:
         self.base, self.scenario, self.direct = base, scenario, direct
-        self.promises = Promises(scenario.keep)
+        self.told = places(scenario)
         base.mkdir()
 
     def live(self, run: Callable[[Callable[[], ServiceDriver]], None], at: int = 0, when: When = "before") -> bool:
         """Let a process do `run`, and be killed at operation `at` (0: not at all). False where it came to its end."""
         told, status = in_child(lambda tell: self._child(run, at, when, tell))
         for name, members in told:  # type: ignore[misc]
-            self.promises.tell(_EVENTS[name](**members))
+            for promises in self.told.values():
+                promises.tell(_EVENTS[name](**members))
         if status and not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and at):
             raise RuntimeError(f"the process ended with status {status}")
         return status != 0
@@ -88,19 +100,14 @@ class Life:
             root = str(self.base / RUN)
             run(lambda: self.scenario.driver(root, posix, self.direct, note))
 
-    def check(self) -> list[str]:
-        """What is broken now; clears leftovers as a new owner does."""
-        return in_child(self._check)[0]  # type: ignore[return-value]
+    def check(self, *, done: bool = False) -> list[str]:
+        """What is broken now; clears leftovers as a new owner does. `done`: the last process came to its end."""
 
-    def _check(self, tell: Callable[[object], None]) -> None:
-        root = self.base / RUN
-        found = examine(root)
-        broken = self.promises.violations(found)
-        if root.exists():
-            sweep(root)
-            broken += after_sweep(root, found)
-        for why in broken:
-            tell(why)
+        def look(tell: Callable[[object], None]) -> None:
+            for why in held_against(self.base, self.told) + (behind(self.base, self.told) if done else []):
+                tell(why)
+
+        return in_child(look)[0]  # type: ignore[return-value]
 
 
 def operations(scenario: Scenario, base: Path, direct: bool) -> int:
@@ -127,7 +134,7 @@ def kill(life: Life, at: int, when: When, second: int, figures: Figures) -> None
         figures.kills_of_recovery += life.live(resume, second, when)
     broken += [f"after recovery was killed: {why}" for why in life.check()]
     life.live(resume)
-    broken += [f"after recovery: {why}" for why in life.check()]
+    broken += [f"after recovery: {why}" for why in life.check(done=True)]
     figures.violations += [f"killed {when} operation {at}, recovery at {second}: {why}" for why in broken]
 
 

@@ -31,6 +31,8 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import PosixWrapper
 from asyncckpt.write import client, pipeline, ranks
 from asyncckpt.write.committing import Committer
+from asyncckpt.write.copying import StepCopy
+from asyncckpt.write.mirror import Mirror
 from asyncckpt.write.raw import RawPart
 from asyncckpt.write.service import Service
 
@@ -133,6 +135,37 @@ def recycled_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
         delete(self, step)
 
     monkeypatch.setattr(Custody, "delete", recycle_first)
+
+
+def mirrored_before_it_is_durable(*verbs: str) -> Plant:
+    """On the mirror, `verbs` are left out between the bytes of a step and its manifest."""
+    settle = LocalStorage.settle
+
+    def settle_carelessly(self: LocalStorage, folder: str) -> None:
+        with deaf(self, *(verbs if self.root.endswith("mirror") else [])):
+            settle(self, folder)
+
+    return lambda monkeypatch: monkeypatch.setattr(LocalStorage, "settle", settle_carelessly)
+
+
+def told_mirrored_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = Mirror._publish
+
+    def publish_carelessly(self: Mirror, *args: Any) -> Any:
+        assert isinstance(self._target, LocalStorage)
+        with deaf(self._target, "fsync_dir"):
+            return publish(self, *args)
+
+    monkeypatch.setattr(Mirror, "_publish", publish_carelessly)
+
+
+def mirrored_files_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = StepCopy.copy
+
+    async def copy(self: StepCopy, known: set[str], *args: Any) -> None:
+        await whole(self, set(self.manifest.files), *args)
+
+    monkeypatch.setattr(StepCopy, "copy", copy)
 
 
 def temporary_reused(monkeypatch: pytest.MonkeyPatch) -> None:

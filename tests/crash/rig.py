@@ -8,22 +8,23 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from asyncckpt.policy.keep import Keep
 from asyncckpt.storage import spares
 from asyncckpt.testing import Note, Operation, RecordingPosix, power_cuts
 from asyncckpt.testing.crash import Cut, Disk, FileSystem, materialised
-from asyncckpt.testing.promises import Examined, Promises, examine, leftovers, sweep
+from asyncckpt.testing.promises import Examined, MirrorPromises, Promises, examine, leftovers, sweep
 from asyncckpt.write import pipeline
-from crash.scenarios import Scenario, resume
+from crash.scenarios import MIRROR, Open, Scenario, resume
 
 Log = list[Operation | Note]
 RUN = "new/run"
 """Where the run lies below the base: its parent is new, too."""
+Places = Mapping[str, Promises]
+"""What was promised of a directory, by where it lies below the base."""
 FACTOR = float(os.environ.get("ASYNCCKPT_TORTURE", "1"))
 """How much longer than usual the long forms are."""
 
@@ -62,6 +63,13 @@ def chunks_of(size: int) -> Iterator[None]:
         pipeline.CHUNK_SIZE, spares.SMALLEST = before, smallest
 
 
+def places(scenario: Scenario) -> Places:
+    """The run, and its mirror if it has one, before anything was promised."""
+    run: dict[str, Promises] = {RUN: Promises(scenario.keep)}
+    beside = os.path.join(os.path.dirname(RUN), MIRROR)
+    return run | {beside: MirrorPromises(scenario.mirror_keep)} if scenario.mirrored else run
+
+
 def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosix | None = None) -> Log:
     """The log of `scenario` done for real below `base`."""
     posix = posix or RecordingPosix()
@@ -92,7 +100,7 @@ class Report:
 def cut_everywhere(
     log: Sequence[Operation | Note],
     base: Path,
-    keep: Keep | None,
+    told: Places,
     *,
     samples: int,
     seed: int,
@@ -100,15 +108,19 @@ def cut_everywhere(
     start: int = 0,
     patience: int = 1,
 ) -> Report:
-    """Recover from every power cut in `log` from entry `start` on; stop after `patience` violations."""
-    report, told = Report(), Promises(keep)
+    """Recover from every power cut in `log` from entry `start` on; stop after `patience` violations.
+
+    `told` are those that hear of the notes in it.
+    """
+    report = Report()
     epoch, upto = 0, 0
     with memory_folder() as folder:
         points = range(start, len(log) + 1)
         for number, cut in enumerate(power_cuts(log, base, samples=samples, seed=seed, disk=disk, points=points)):
             for entry in log[upto : cut.at]:
                 if isinstance(entry, Note):
-                    told.tell(entry.what)
+                    for promises in told.values():
+                        promises.tell(entry.what)
                     epoch += 1
             upto = cut.at
             key = (epoch, cut.disk.fingerprint)
@@ -123,16 +135,36 @@ def cut_everywhere(
     return report
 
 
-def recover(place: Path, cut: Cut, promises: Promises) -> list[str]:
-    """Real recovery on the disk of `cut`, twice: as a reader finds it, and after a new owner has cleared it."""
+def recover(place: Path, cut: Cut, told: Places) -> list[str]:
+    """Real recovery on the disk of `cut`: what is broken."""
     with materialised(place, cut.disk) as base:
-        root = base / RUN
+        broken = held_against(base, told)
+    return [f"cut after entry {cut.at}: {why} [{cut.how}]" for why in broken]
+
+
+def held_against(base: Path, told: Places) -> list[str]:
+    """What is broken below `base`, twice: as a reader finds it, and after a new owner has cleared it."""
+    broken = []
+    for place, promises in told.items():
+        root = base / place
         first = examine(root)
-        broken = promises.violations(first)
+        found = promises.violations(first)
         if root.exists():
             sweep(root)
-            broken += after_sweep(root, first)
-    return [f"cut after entry {cut.at}: {why} [{cut.how}]" for why in broken]
+            found += after_sweep(root, first)
+        broken += [why if place == RUN else f"{place}: {why}" for why in found]
+    return broken
+
+
+def behind(base: Path, told: Places) -> list[str]:
+    """Whether a mirror lacks the newest of the run, where all that was to be done is done."""
+    run, *mirrors = (examine(base / place) for place in told)
+    newest = {run.newest: run.contents.get(run.newest)}
+    return [
+        f"the mirror has {found.contents}, and not {newest}"
+        for found in mirrors
+        if not newest.items() <= found.contents.items()
+    ]
 
 
 def after_sweep(root: Path, before: Examined) -> list[str]:
@@ -147,19 +179,28 @@ def after_sweep(root: Path, before: Examined) -> list[str]:
 
 
 def cut_recovery(
-    log: Log, base: Path, scenario: Scenario, *, at: int, samples: int, seed: int, patience: int = 1
+    log: Log,
+    base: Path,
+    scenario: Scenario,
+    *,
+    at: int,
+    samples: int,
+    seed: int,
+    patience: int = 1,
+    then: Callable[[Open], None] = resume,
 ) -> Report:
-    """Kill the service after entry `at`, let another go on from there, and cut the power all along its way."""
+    """Kill the service after entry `at`, let another do `then`, and cut the power all along its way."""
     system = FileSystem(base)
     for index, entry in enumerate(log[:at]):
         if isinstance(entry, Operation):
             system.apply(entry, index)
     shutil.rmtree(base)
     with materialised(base, system.live()):
-        second = record(Scenario(resume, scenario.keep, codec=scenario.codec), base, direct=False)
+        going_on = replace(scenario, run=then, chunk_size=Scenario.chunk_size, world=1)
+        second = record(going_on, base, direct=False)
     base.mkdir()
     return cut_everywhere(
-        [*log[:at], *second], base, scenario.keep, samples=samples, seed=seed, start=at, patience=patience
+        [*log[:at], *second], base, places(scenario), samples=samples, seed=seed, start=at, patience=patience
     )
 
 

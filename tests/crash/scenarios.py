@@ -19,23 +19,32 @@ from asyncckpt.testing.promises import Event
 from asyncckpt.testing.service import Value
 
 Open = Callable[[], ServiceDriver]
+MIRROR = "mirror"
+"""The folder of a mirror, beside that of the run."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is done with the run that `open_` opens; `chunk_size` is that of the data files, `world` how many ranks."""
+    """What is done with the run that `open_` opens; `chunk_size` is that of the data files, `world` how many ranks.
+
+    With `mirrored`, it has a mirror beside it, `MIRROR`, with a policy of its own.
+    """
 
     run: Callable[[Open], None]
     keep: Keep | None = None
     chunk_size: int = 8 << 20
     codec: Codec = field(default_factory=Codec)
     world: int = 1
+    mirrored: bool = False
+    mirror_keep: Keep | None = None
 
     def driver(self, root: str, posix: Posix, direct: bool, note: Callable[[Event], None]) -> ServiceDriver:
         """What `open_` opens: the service, or those of all ranks."""
+        about: dict[str, Any] = {"keep": self.keep, "direct": direct, "codec": self.codec}
+        if self.mirrored:
+            about |= {"mirror": os.path.join(os.path.dirname(root), MIRROR), "mirror_keep": self.mirror_keep}
         if self.world == 1:
-            return ServiceDriver(root, posix, keep=self.keep, direct=direct, codec=self.codec, note=note)
-        about = {"keep": self.keep, "direct": direct, "codec": self.codec}
+            return ServiceDriver(root, posix, note=note, **about)
         ranks: Any = RanksDriver(root, posix, world=self.world, note=note, **about)
         return ranks
 
@@ -131,6 +140,33 @@ def changing(open_: Open) -> None:
         driver.save(4, alike(4))
 
 
+def mirroring(open_: Open) -> None:
+    """Some steps are mirrored one by one, some when the service ends; one is saved anew, one deleted."""
+    with open_() as driver:
+        driver.save(1, value(1))
+        driver.await_mirror()
+        driver.save(1, value(2, parts=1), replace=True)
+        driver.save(2, value(3, parts=1))
+        driver.delete(2)
+        driver.await_mirror()
+        driver.save(3, value(4, parts=1))
+
+
+def mirroring_differences(open_: Open) -> None:
+    """Files are shared from step to step on the mirror, too."""
+    with open_() as driver:
+        for step in (1, 2, 3):
+            driver.save(step, alike(step))
+            driver.await_mirror()
+        driver.save(4, alike(4))
+
+
+def catching_up(open_: Open) -> None:
+    """Mirror what is not mirrored yet, and nothing else."""
+    with open_() as driver:
+        driver.await_mirror()
+
+
 SCENARIOS = {
     "plain": Scenario(plain),
     "overwriting": Scenario(overwriting),
@@ -144,6 +180,15 @@ SCENARIOS = {
     "small_chunks": Scenario(plain, chunk_size=4096),
     "coded": Scenario(changing, chunk_size=8192, codec=Codec("zstd")),
     "differences": Scenario(changing, Keep(last=2), chunk_size=8192, codec=Codec("delta", max_chain=2)),
+    "mirrored": Scenario(mirroring, mirrored=True),
+    "mirrored_differences": Scenario(
+        mirroring_differences,
+        Keep(last=1),
+        chunk_size=8192,
+        codec=Codec("delta", max_chain=2),
+        mirrored=True,
+        mirror_keep=Keep(last=2),
+    ),
     "ranks": Scenario(plain, world=2),
     "ranks_overwriting": Scenario(overwriting, world=2),
     "ranks_deleting": Scenario(deleting, world=3),

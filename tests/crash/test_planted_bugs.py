@@ -22,8 +22,8 @@ from asyncckpt.write import client
 from asyncckpt.write import messages as m
 from crash import planted, planted_face
 from crash.errors import DEEDS, Trial
-from crash.rig import cut_everywhere, cut_recovery, record
-from crash.scenarios import SCENARIOS, value
+from crash.rig import cut_everywhere, cut_recovery, places, record
+from crash.scenarios import SCENARIOS, catching_up, value
 
 PATIENCE = 60.0
 KILLED_WRITER = str(Path(processes.__file__).with_name("killed_writer.py"))
@@ -38,7 +38,7 @@ def power(name, direct=False):
         scenario = SCENARIOS[name]
         base.mkdir()
         log = record(scenario, base, direct=direct)
-        return cut_everywhere(log, base, scenario.keep, samples=16, seed=1, patience=10_000).violations
+        return cut_everywhere(log, base, places(scenario), samples=16, seed=1, patience=10_000).violations
 
     return check
 
@@ -54,6 +54,17 @@ def takeover(name, verb):
         return cut_recovery(log, base, scenario, at=at, samples=16, seed=1, patience=10_000).violations
 
     return check
+
+
+def mirror_resumed(base):
+    """A kill once the first file of the mirror has its blocks and none of its bytes, another owner, power cuts."""
+    scenario = SCENARIOS["mirrored"]
+    base.mkdir()
+    log = record(scenario, base, direct=False)
+    verbs = [getattr(entry, "verb", None) for entry in log]
+    made = next(i for i, verb in enumerate(verbs) if verb == "create" and "/mirror/step" in log[i].arguments[0])
+    at = verbs.index("reserve", made) + 1
+    return cut_recovery(log, base, scenario, at=at, samples=16, seed=1, patience=10_000, then=catching_up).violations
 
 
 def error(verb, code, samples=0):
@@ -182,6 +193,21 @@ BUGS = {
     "a later save overwrites a leased arena": (planted_face.leased_arena_given_out, arenas, "damaged|of another"),
     "record of a rank seen before it is durable": (planted.rank_record_not_durable, power("ranks"), DAMAGED),
     "commit without waiting for the other ranks": (planted.ranks_not_waited_for, one_of_two_ranks, DAMAGED),
+    "mirror: directory fsync left out before the commit": (
+        planted.mirrored_before_it_is_durable("fsync_dir"),
+        power("mirrored"),
+        "mirror: .*damaged",
+    ),
+    "mirror: told before the manifest is durable": (
+        planted.told_mirrored_too_early,
+        power("mirrored"),
+        f"mirror: .*{LOST}",
+    ),
+    "mirror: what is there taken for whole": (
+        planted.mirrored_files_taken_for_whole,
+        mirror_resumed,
+        "mirror: .*damaged",
+    ),
     "digest not checked": (planted.digest_not_checked, flipped, "never saved"),
     "nothing when all are bad": (planted_face.nothing_when_all_are_bad, all_damaged, "restore gave None"),
 }

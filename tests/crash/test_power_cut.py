@@ -5,7 +5,7 @@ import random
 import pytest
 
 from asyncckpt.testing import Operation
-from crash.rig import FACTOR, Progress, Report, cut_everywhere, cut_recovery, record, scaled
+from crash.rig import FACTOR, Progress, Report, cut_everywhere, cut_recovery, places, record, scaled
 from crash.scenarios import SCENARIOS
 
 SAMPLES = 20
@@ -19,7 +19,7 @@ def test_every_cut_of_a_life(tmp_path, figure, name, direct):
     scenario = SCENARIOS[name]
     log = record(scenario, tmp_path, direct=direct)
     assert direct == any(entry.verb == "create" and entry.arguments[1] for entry in log if isinstance(entry, Operation))
-    report = cut_everywhere(log, tmp_path, scenario.keep, samples=scaled(SAMPLES), seed=1)
+    report = cut_everywhere(log, tmp_path, places(scenario), samples=scaled(SAMPLES), seed=1)
     figure("model states", report.states)
     report.check()
 
