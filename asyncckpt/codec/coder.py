@@ -134,11 +134,11 @@ class Coder:
         if base is not None:
             other = words.unsigned(base, family.width)
             change = np.empty_like(sample)
-            words.subtract(sample, other[:: planes.step(len(items))], change)
+            words.subtract(sample, other[:: planes.step(len(items))], change, self._scratch)
             if _bits_of_planes(change) < advice.bits:
                 sink.pack(_UNIT, _WORDS, family.width, 0, 1, len(data))
                 change = self._scratch.array("whole", items.dtype, len(items))
-                words.subtract(items, other, change)
+                words.subtract(items, other, change, self._scratch)
                 words.encode(change, sink, self._frames, self._scratch, search=False)
                 return True
         if advice.field is not None:
@@ -173,7 +173,7 @@ class Coder:
         if kind == _WORDS and how in words.WIDTHS and size % how == 0 and rotation < 8 * how:
             self._decode_words(source, words.unsigned(data, how), rotation)
             if differs == 1 and rotation == 0 and base is not None:
-                words.add(words.unsigned(data, how), words.unsigned(base[:size], how))
+                words.add(words.unsigned(data, how), words.unsigned(base[:size], how), self._scratch)
                 return size
         elif kind == _HALF and how in halves.FIELDS and rotation == 0 and size % (2 * halves.GRAIN) == 0:
             halves.decode(source, how, words.unsigned(data, 2), self._scratch)
@@ -186,7 +186,7 @@ class Coder:
         return size
 
     def _decode_words(self, source: Source, items: Array, rotation: int) -> None:
-        words.decode(source, items, self._scratch)
+        words.decode(source, items)
         if rotation:
             words.rotate(items, 8 * items.itemsize - rotation, items)
 
@@ -194,11 +194,8 @@ class Coder:
         low = source.aligned(2 * len(items)).view(np.uint16)
         high = self._scratch.array("high", np.uint16, len(items))
         halves.decode(source, field, high, self._scratch)
-        np.copyto(items, high)
-        np.left_shift(items, np.uint32(16), out=items)
-        widened = self._scratch.array("whole", np.uint32, len(items))
-        np.copyto(widened, low)
-        np.bitwise_or(items, widened, out=items)
+        np.copyto(items, low)
+        np.copyto(items.view(np.uint16)[1::2], high)
 
 
 class _Advice(NamedTuple):
@@ -233,6 +230,7 @@ def _units(start: int, run: Run) -> Iterator[tuple[slice, _Family]]:
     end = start + run.length
     for grain in (halves.ROW * family.width, halves.GRAIN * family.width, 1):
         stop = start + (end - start) // grain * grain
-        for at in range(start, stop, UNIT):
-            yield slice(at, min(at + UNIT, stop)), _PLAIN if grain == 1 else family
+        most = UNIT // 2 if family.width == 2 else UNIT  # halves are passed over most often: let the caches hold them
+        for at in range(start, stop, most):
+            yield slice(at, min(at + most, stop)), _PLAIN if grain == 1 else family
         start = stop

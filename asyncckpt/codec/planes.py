@@ -87,10 +87,15 @@ def decode(source: Source, size: int) -> Bytes:
     if form == RAW:
         return source.aligned(size)
     if form == REPEATED:
-        return np.full(size, source.read(1)[0], np.uint8)
+        return np.broadcast_to(np.uint8(source.read(1)[0]), size)
     if form == FRAME:
         return read_frame(source, size)
     raise CorruptCheckpointError(f"a plane of the unknown form {form}")
+
+
+def is_zero(plane: Bytes) -> bool:
+    """Whether it is the byte 0 repeated, as `decode` gives that."""
+    return plane.strides == (0,) and not plane[0]
 
 
 _SIZE = struct.Struct("<I")

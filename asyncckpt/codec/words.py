@@ -20,6 +20,8 @@ _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 WIDTHS = tuple(_UNSIGNED)
+_BLOCK = 1 << 15
+"""Words that are worked on at a time where they are passed over five times: they stay in the caches of a core."""
 
 
 def unsigned(data: Bytes, width: int) -> Array:
@@ -29,26 +31,27 @@ def unsigned(data: Bytes, width: int) -> Array:
 def encode(words: Array, sink: Sink, frames: Frames, scratch: Scratch, *, search: bool) -> None:
     """Code the planes of `words`. `search`: repetitions are likely, as they are among integers."""
     plane = scratch.array("plane", np.uint8, len(words))
-    shifted = scratch.array("shifted", words.dtype, len(words))
-    for shift in reversed(range(0, 8 * words.itemsize, 8)):
-        np.copyto(
-            plane, np.right_shift(words, words.dtype.type(shift), out=shifted) if shift else words, casting="unsafe"
-        )
+    for place in reversed(_bytes_of(words)):
+        np.copyto(plane, place)
         planes.encode(plane, sink, frames, search=search)
 
 
-def decode(source: Source, words: Array, scratch: Scratch) -> None:
+def decode(source: Source, words: Array) -> None:
     """Fill `words`.
 
     Raises:
         CorruptCheckpointError: the stream is not one of `encode` for so many words.
     """
-    widened = scratch.array("shifted", words.dtype, len(words))
-    np.copyto(words, planes.decode(source, len(words)))
-    for _ in range(words.itemsize - 1):
-        np.left_shift(words, words.dtype.type(8), out=words)
-        np.copyto(widened, planes.decode(source, len(words)))
-        np.bitwise_or(words, widened, out=words)
+    *higher, lowest = [planes.decode(source, len(words)) for _ in range(words.itemsize)]
+    np.copyto(words, lowest)  # and zeros in the other bytes
+    for place, plane in zip(_bytes_of(words)[1:], reversed(higher), strict=True):
+        if not planes.is_zero(plane):
+            np.copyto(place, plane)
+
+
+def _bytes_of(words: Array) -> list[Bytes]:
+    """The bytes of all words, by their place, the lowest first."""
+    return list(words.view(np.uint8).reshape(len(words), -1).T)
 
 
 def rotate(words: Array, left: int, out: Array) -> None:
@@ -58,19 +61,27 @@ def rotate(words: Array, left: int, out: Array) -> None:
     np.bitwise_or(out, right, out=out)
 
 
-def subtract(words: Array, base: Array, out: Array) -> None:
+def subtract(words: Array, base: Array, out: Array, scratch: Scratch) -> None:
     """The zigzagged difference of `words` from `base`."""
-    np.subtract(words, base, out=out)
-    signed = _SIGNED[words.itemsize]
-    signs = np.right_shift(out.view(signed), signed(8 * words.itemsize - 1)).view(words.dtype)
-    np.left_shift(out, words.dtype.type(1), out=out)
-    np.bitwise_xor(out, signs, out=out)
+    one, signed = words.dtype.type(1), _SIGNED[words.itemsize]
+    for start in range(0, len(words), _BLOCK):
+        some, other = words[start : start + _BLOCK], base[start : start + _BLOCK]
+        change = out[start : start + _BLOCK]
+        signs = scratch.array("signs", signed, len(some))
+        np.subtract(some, other, out=change)
+        np.right_shift(change.view(signed), signed(8 * words.itemsize - 1), out=signs)
+        np.left_shift(change, one, out=change)
+        np.bitwise_xor(change, signs.view(words.dtype), out=change)
 
 
-def add(words: Array, base: Array) -> None:
+def add(words: Array, base: Array, scratch: Scratch) -> None:
     """Undo `subtract`, in place."""
-    signs = np.bitwise_and(words, words.dtype.type(1))
-    np.negative(signs, out=signs)
-    np.right_shift(words, words.dtype.type(1), out=words)
-    np.bitwise_xor(words, signs, out=words)
-    np.add(words, base, out=words)
+    one = words.dtype.type(1)
+    for start in range(0, len(words), _BLOCK):
+        some, other = words[start : start + _BLOCK], base[start : start + _BLOCK]
+        signs = scratch.array("signs", words.dtype, len(some))
+        np.bitwise_and(some, one, out=signs)
+        np.negative(signs, out=signs)
+        np.right_shift(some, one, out=some)
+        np.bitwise_xor(some, signs, out=some)
+        np.add(some, other, out=some)
