@@ -230,7 +230,7 @@ def _units(start: int, run: Run) -> Iterator[tuple[slice, _Family]]:
     end = start + run.length
     for grain in (halves.ROW * family.width, halves.GRAIN * family.width, 1):
         stop = start + (end - start) // grain * grain
-        most = UNIT // 2 if family.width == 2 else UNIT  # halves are passed over most often: let the caches hold them
+        most = UNIT // 2 if family.width == 2 else UNIT  # of halves, more are passed over more often: for the caches
         for at in range(start, stop, most):
             yield slice(at, min(at + most, stop)), _PLAIN if grain == 1 else family
         start = stop

@@ -21,7 +21,7 @@ _SIGNED: dict[int, Any] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 WIDTHS = tuple(_UNSIGNED)
 _BLOCK = 1 << 15
-"""Words that are worked on at a time where they are passed over five times: they stay in the caches of a core."""
+"""Words that are worked on at a time where they are passed over several times: they stay in the caches of a core."""
 
 
 def unsigned(data: Bytes, width: int) -> Array:

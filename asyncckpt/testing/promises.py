@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.custody import Custody
@@ -48,6 +49,11 @@ class Mirrored:
 
 
 @dataclass(frozen=True, slots=True)
+class MirrorAwaited:
+    """All that was committed by then was reported to be on the mirror, or passed over."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deleting:
     step: int
 
@@ -79,7 +85,7 @@ class Unpinning:
     step: int
 
 
-Event = Saving | Saved | Mirrored | Deleting | Deleted | Rewinding | Rewound | Pinned | Unpinning
+Event = Saving | Saved | Mirrored | MirrorAwaited | Deleting | Deleted | Rewinding | Rewound | Pinned | Unpinning
 
 
 @dataclass
@@ -91,6 +97,7 @@ class Promises:
     """By step, the contents that it may have if it is there, oldest first."""
     must: set[int] = field(default_factory=set)
     pinned: set[int] = field(default_factory=set)
+    reported: ClassVar[str] = "committed"
 
     @classmethod
     def after(cls, log: Iterable[Operation | Note], keep: Keep | None = None) -> Promises:
@@ -111,6 +118,7 @@ class Promises:
                 self.must.discard(step)
             case Deleted(step):
                 self.may.pop(step, None)
+                self.must.discard(step)
             case Rewinding(step):
                 self.must = {s for s in self.must if s <= step}
             case Rewound(step):
@@ -141,7 +149,7 @@ class Promises:
             if content not in self.may.get(step, ()):
                 broken.append(f"step {step} holds what was never saved, or was taken back ({content})")
         for step in self.must.difference(found.contents).difference(found.damaged):
-            broken.append(f"step {step} was reported committed and is not there")
+            broken.append(f"step {step} was reported {self.reported} and is not there")
         for step in self.pinned.intersection(found.contents).difference(found.pinned):
             broken.append(f"step {step} was reported pinned and is not")
         if found.error is None and found.newest != max(found.contents, default=None):
@@ -149,14 +157,28 @@ class Promises:
         return broken
 
 
+@dataclass
 class MirrorPromises(Promises):
-    """The same of the mirror of a run, of which `keep` is then the policy. It learns of rewinds and pins later."""
+    """The same of the mirror of a run, and `keep` is its policy. Of rewinds and pins there nothing is said."""
+
+    saved: dict[int, str] = field(default_factory=dict)
+    """What is committed in the run, as it was last."""
+    reported = "mirrored"
 
     def tell(self, event: Event) -> None:
         match event:
+            case Saved(step, content):
+                self.saved[step] = content
             case Mirrored(step, content):
-                self._there(step, content or self.may[step][0])
-            case Saving() | Deleting() | Deleted() | Rewinding():
+                content = content or self.saved.get(step)
+                self._there(step, content or self.may[step][0])  # what was committed, and never told, may be any
+            case MirrorAwaited():
+                for step, content in self.saved.items():
+                    self._there(step, content)
+            case Deleting(step):
+                self.saved.pop(step, None)
+                super().tell(event)
+            case Saving() | Deleted() | Rewinding():
                 super().tell(event)
 
 

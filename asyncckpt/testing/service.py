@@ -26,6 +26,7 @@ from asyncckpt.testing.promises import (
     Deleted,
     Deleting,
     Event,
+    MirrorAwaited,
     Mirrored,
     Pinned,
     Rewinding,
@@ -201,6 +202,7 @@ class ServiceDriver:
     def await_mirror(self) -> None:
         """Wait until all that is committed is mirrored, or passed over."""
         self._done(m.AwaitMirror(next(self._numbers)))
+        self._note(MirrorAwaited())
 
     def pin(self, step: int) -> None:
         notes.pin(self._catalog, step)

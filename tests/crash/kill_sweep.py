@@ -26,6 +26,7 @@ from asyncckpt.testing.promises import (
     Deleted,
     Deleting,
     Event,
+    MirrorAwaited,
     Mirrored,
     Pinned,
     Rewinding,
@@ -38,7 +39,7 @@ from crash.rig import RUN, behind, chunks_of, held_against, memory_folder, place
 from crash.scenarios import SCENARIOS, Scenario, resume
 
 WHENS: tuple[When, ...] = ("before", "during", "after")
-_KINDS = (Saving, Saved, Mirrored, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
+_KINDS = (Saving, Saved, Mirrored, MirrorAwaited, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
 _EVENTS = {kind.__name__: kind for kind in _KINDS}
 
 
@@ -101,10 +102,12 @@ class Life:
             run(lambda: self.scenario.driver(root, posix, self.direct, note))
 
     def check(self, *, done: bool = False) -> list[str]:
-        """What is broken now; clears leftovers as a new owner does. `done`: the last process came to its end."""
+        """What is broken now; clears leftovers as a new owner does, on the mirror only when all is `done`: what is left
+        there is gone on with."""
 
         def look(tell: Callable[[object], None]) -> None:
-            for why in held_against(self.base, self.told) + (behind(self.base, self.told) if done else []):
+            found = held_against(self.base, self.told, mirror_swept=done)
+            for why in found + (behind(self.base, self.told) if done else []):
                 tell(why)
 
         return in_child(look)[0]  # type: ignore[return-value]

@@ -168,6 +168,21 @@ def mirrored_files_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StepCopy, "copy", copy)
 
 
+def mirrored_files_noted_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_part = StepCopy._copy_part
+
+    async def copy(self: StepCopy, record: Any, whole: set[str], shared: Any, finished: Any) -> None:
+        for name in record.data_files:
+            await finished(name)
+        await copy_part(self, record, whole, shared, finished)
+
+    monkeypatch.setattr(StepCopy, "_copy_part", copy)
+
+
+def mirror_goes_on_with_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mirror, "_lacking", lambda self, custody: [])
+
+
 def temporary_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     def create(self: Posix, path: str, direct: bool) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -13,16 +13,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from asyncckpt.format import names
+from asyncckpt.format.seal import unseal
+from asyncckpt.policy.records import Record
 from asyncckpt.storage import spares
 from asyncckpt.testing import Note, Operation, RecordingPosix, power_cuts
 from asyncckpt.testing.crash import Cut, Disk, FileSystem, materialised
 from asyncckpt.testing.promises import Examined, MirrorPromises, Promises, examine, leftovers, sweep
 from asyncckpt.write import pipeline
+from asyncckpt.write.journal import Mirroring
 from crash.scenarios import MIRROR, Open, Scenario, resume
 
 Log = list[Operation | Note]
 RUN = "new/run"
 """Where the run lies below the base: its parent is new, too."""
+BESIDE = os.path.join(os.path.dirname(RUN), MIRROR)
+"""Where its mirror does."""
 Places = Mapping[str, Promises]
 """What was promised of a directory, by where it lies below the base."""
 FACTOR = float(os.environ.get("ASYNCCKPT_TORTURE", "1"))
@@ -66,8 +72,7 @@ def chunks_of(size: int) -> Iterator[None]:
 def places(scenario: Scenario) -> Places:
     """The run, and its mirror if it has one, before anything was promised."""
     run: dict[str, Promises] = {RUN: Promises(scenario.keep)}
-    beside = os.path.join(os.path.dirname(RUN), MIRROR)
-    return run | {beside: MirrorPromises(scenario.mirror_keep)} if scenario.mirrored else run
+    return run | {BESIDE: MirrorPromises(scenario.mirror_keep)} if scenario.mirrored else run
 
 
 def record(scenario: Scenario, base: Path, *, direct: bool, posix: RecordingPosix | None = None) -> Log:
@@ -110,7 +115,7 @@ def cut_everywhere(
 ) -> Report:
     """Recover from every power cut in `log` from entry `start` on; stop after `patience` violations.
 
-    `told` are those that hear of the notes in it.
+    `told`, of which nothing was promised before, hear of the notes in it.
     """
     report = Report()
     epoch, upto = 0, 0
@@ -142,29 +147,48 @@ def recover(place: Path, cut: Cut, told: Places) -> list[str]:
     return [f"cut after entry {cut.at}: {why} [{cut.how}]" for why in broken]
 
 
-def held_against(base: Path, told: Places) -> list[str]:
+def held_against(base: Path, told: Places, *, mirror_swept: bool = True) -> list[str]:
     """What is broken below `base`, twice: as a reader finds it, and after a new owner has cleared it."""
-    broken = []
+    broken = untrue(base) if len(told) > 1 else []
     for place, promises in told.items():
         root = base / place
         first = examine(root)
         found = promises.violations(first)
-        if root.exists():
+        if root.exists() and (mirror_swept or place == RUN):
             sweep(root)
             found += after_sweep(root, first)
         broken += [why if place == RUN else f"{place}: {why}" for why in found]
     return broken
 
 
+def untrue(base: Path) -> list[str]:
+    """Files that are written down as whole on the mirror, lie there in their full size, and are not."""
+    journal = base / RUN / names.MIRRORING
+    if not journal.exists():
+        return []
+    broken = []
+    for folder, files in unseal(journal.read_bytes(), Mirroring, names.MIRRORING).files.items():
+        for name in files:
+            here, there = (base / place / folder / name for place in (RUN, BESIDE))
+            if here.exists() and there.exists() and there.stat().st_size == here.stat().st_size:
+                broken += [] if there.read_bytes() == here.read_bytes() else [f"{folder}/{name} is not whole"]
+    return [f"{BESIDE}: {why}, though the journal says so" for why in broken]
+
+
 def behind(base: Path, told: Places) -> list[str]:
-    """Whether a mirror lacks the newest of the run, where all that was to be done is done."""
-    run, *mirrors = (examine(base / place) for place in told)
-    newest = {run.newest: run.contents.get(run.newest)}
-    return [
-        f"the mirror has {found.contents}, and not {newest}"
-        for found in mirrors
-        if not newest.items() <= found.contents.items()
-    ]
+    """What a mirror lacks of the run, where all that was to be done is done."""
+    run = examine(base / RUN).contents
+    broken = []
+    for place, promises in told.items():
+        if place == RUN:
+            continue
+        found = examine(base / place).contents
+        every = [Record(step) for step in {*run, *found}]
+        gone = set() if promises.keep is None else {*promises.keep.retire(every)}
+        wanted = {step: content for step, content in run.items() if step not in gone}
+        if not wanted.items() <= found.items():
+            broken.append(f"{place} has {found}, and not all of {wanted}")
+    return broken
 
 
 def after_sweep(root: Path, before: Examined) -> list[str]:

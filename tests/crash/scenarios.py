@@ -147,8 +147,8 @@ def mirroring(open_: Open) -> None:
         driver.await_mirror()
         driver.save(1, value(2, parts=1), replace=True)
         driver.save(2, value(3, parts=1))
-        driver.delete(2)
         driver.await_mirror()
+        driver.delete(2)
         driver.save(3, value(4, parts=1))
 
 

@@ -201,12 +201,22 @@ BUGS = {
     "mirror: told before the manifest is durable": (
         planted.told_mirrored_too_early,
         power("mirrored"),
-        f"mirror: .*{LOST}",
+        "mirror: .*reported mirrored and is not there",
     ),
     "mirror: what is there taken for whole": (
         planted.mirrored_files_taken_for_whole,
         mirror_resumed,
         "mirror: .*damaged",
+    ),
+    "mirror: files noted before they are whole": (
+        planted.mirrored_files_noted_too_early,
+        power("mirrored"),
+        "though the journal says so",
+    ),
+    "mirror: what an earlier writer left is forgotten": (
+        planted.mirror_goes_on_with_nothing,
+        mirror_resumed,
+        "mirror: .*reported mirrored and is not there",
     ),
     "digest not checked": (planted.digest_not_checked, flipped, "never saved"),
     "nothing when all are bad": (planted_face.nothing_when_all_are_bad, all_damaged, "restore gave None"),
