@@ -169,9 +169,8 @@ class MirrorPromises(Promises):
         match event:
             case Saved(step, content):
                 self.saved[step] = content
-            case Mirrored(step, content):
-                content = content or self.saved.get(step)
-                self._there(step, content or self.may[step][0])  # what was committed, and never told, may be any
+            case Mirrored(step, content) if step in self.may:
+                self._there(step, content or self.may[step][0])  # what an earlier service had saved may be any
             case MirrorAwaited():
                 for step, content in self.saved.items():
                     self._there(step, content)
