@@ -31,14 +31,14 @@ KILLED_WRITER = str(Path(processes.__file__).with_name("killed_writer.py"))
 # The checks: what they find, in words
 
 
-def power(name, direct=False):
+def power(name, direct=False, samples=16):
     """Power cuts all along a scenario."""
 
     def check(base):
         scenario = SCENARIOS[name]
         base.mkdir()
         log = record(scenario, base, direct=direct)
-        return cut_everywhere(log, base, places(scenario), samples=16, seed=1, patience=10_000).violations
+        return cut_everywhere(log, base, places(scenario), samples=samples, seed=1, patience=10_000).violations
 
     return check
 
@@ -195,12 +195,12 @@ BUGS = {
     "commit without waiting for the other ranks": (planted.ranks_not_waited_for, one_of_two_ranks, DAMAGED),
     "mirror: directory fsync left out before the commit": (
         planted.mirrored_before_it_is_durable("fsync_dir"),
-        power("mirrored"),
+        power("mirrored", samples=4),
         "mirror: .*damaged",
     ),
     "mirror: told before the manifest is durable": (
         planted.told_mirrored_too_early,
-        power("mirrored"),
+        power("mirrored", samples=4),
         "mirror: .*reported mirrored and is not there",
     ),
     "mirror: what is there taken for whole": (
@@ -210,7 +210,7 @@ BUGS = {
     ),
     "mirror: files noted before they are whole": (
         planted.mirrored_files_noted_too_early,
-        power("mirrored"),
+        power("mirrored", samples=4),
         "though the journal says so",
     ),
     "mirror: what an earlier writer left is forgotten": (
