@@ -171,9 +171,12 @@ class Coder:
             raise CorruptCheckpointError(f"a unit of {size} bytes where {len(target)} are missing")
         data = target[:size]
         if kind == _WORDS and how in words.WIDTHS and size % how == 0 and rotation < 8 * how:
-            self._decode_words(source, words.unsigned(data, how), rotation)
+            items = words.unsigned(data, how)
+            words.decode(source, items)
+            if rotation:
+                words.rotate(items, 8 * how - rotation, items)
             if differs == 1 and rotation == 0 and base is not None:
-                words.add(words.unsigned(data, how), words.unsigned(base[:size], how), self._scratch)
+                words.add(items, words.unsigned(base[:size], how), self._scratch)
                 return size
         elif kind == _HALF and how in halves.FIELDS and rotation == 0 and size % (2 * halves.GRAIN) == 0:
             halves.decode(source, how, words.unsigned(data, 2), self._scratch)
@@ -184,11 +187,6 @@ class Coder:
         if differs:
             raise CorruptCheckpointError("differences from a base that there is not")
         return size
-
-    def _decode_words(self, source: Source, items: Array, rotation: int) -> None:
-        words.decode(source, items)
-        if rotation:
-            words.rotate(items, 8 * items.itemsize - rotation, items)
 
     def _decode_singles(self, source: Source, field: int, items: Array) -> None:
         low = source.aligned(2 * len(items)).view(np.uint16)
@@ -221,7 +219,7 @@ def _advise(sample: Array, family: _Family) -> _Advice:
 
 
 def _bits_of_planes(sample: Array) -> float:
-    return sum(planes.entropy(planes.histogram(plane)) for plane in sample.view(np.uint8).reshape(len(sample), -1).T)
+    return sum(planes.entropy(planes.histogram(plane)) for plane in words.bytes_of(sample))
 
 
 def _units(start: int, run: Run) -> Iterator[tuple[slice, _Family]]:
@@ -230,7 +228,7 @@ def _units(start: int, run: Run) -> Iterator[tuple[slice, _Family]]:
     end = start + run.length
     for grain in (halves.ROW * family.width, halves.GRAIN * family.width, 1):
         stop = start + (end - start) // grain * grain
-        most = UNIT // 2 if family.width == 2 else UNIT  # of halves, more are passed over more often: for the caches
+        most = UNIT // 2 if family.floats and family.width == 2 else UNIT  # passed over most often: for the caches
         for at in range(start, stop, most):
             yield slice(at, min(at + most, stop)), _PLAIN if grain == 1 else family
         start = stop

@@ -31,7 +31,7 @@ def unsigned(data: Bytes, width: int) -> Array:
 def encode(words: Array, sink: Sink, frames: Frames, scratch: Scratch, *, search: bool) -> None:
     """Code the planes of `words`. `search`: repetitions are likely, as they are among integers."""
     plane = scratch.array("plane", np.uint8, len(words))
-    for place in reversed(_bytes_of(words)):
+    for place in reversed(bytes_of(words)):
         np.copyto(plane, place)
         planes.encode(plane, sink, frames, search=search)
 
@@ -44,12 +44,12 @@ def decode(source: Source, words: Array) -> None:
     """
     *higher, lowest = [planes.decode(source, len(words)) for _ in range(words.itemsize)]
     np.copyto(words, lowest)  # and zeros in the other bytes
-    for place, plane in zip(_bytes_of(words)[1:], reversed(higher), strict=True):
+    for place, plane in zip(bytes_of(words)[1:], reversed(higher), strict=True):
         if not planes.is_zero(plane):
             np.copyto(place, plane)
 
 
-def _bytes_of(words: Array) -> list[Bytes]:
+def bytes_of(words: Array) -> list[Bytes]:
     """The bytes of all words, by their place, the lowest first."""
     return list(words.view(np.uint8).reshape(len(words), -1).T)
 

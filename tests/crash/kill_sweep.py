@@ -19,28 +19,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from asyncckpt.testing import CHANGES, FaultyPosix, ServiceDriver
 from asyncckpt.testing.faults import ANY, When
-from asyncckpt.testing.promises import (
-    Deleted,
-    Deleting,
-    Event,
-    MirrorAwaited,
-    Mirrored,
-    Pinned,
-    Rewinding,
-    Rewound,
-    Saved,
-    Saving,
-    Unpinning,
-)
+from asyncckpt.testing.promises import Event
 from crash.rig import RUN, behind, chunks_of, held_against, memory_folder, places
 from crash.scenarios import SCENARIOS, Scenario, resume
 
 WHENS: tuple[When, ...] = ("before", "during", "after")
-_KINDS = (Saving, Saved, Mirrored, MirrorAwaited, Deleting, Deleted, Rewinding, Rewound, Pinned, Unpinning)
-_EVENTS = {kind.__name__: kind for kind in _KINDS}
+_EVENTS = {kind.__name__: kind for kind in get_args(Event)}
 
 
 @dataclass

@@ -137,15 +137,14 @@ def recycled_before_the_manifest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Custody, "delete", recycle_first)
 
 
-def mirrored_before_it_is_durable(*verbs: str) -> Plant:
-    """On the mirror, `verbs` are left out between the bytes of a step and its manifest."""
+def mirrored_before_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     settle = LocalStorage.settle
 
     def settle_carelessly(self: LocalStorage, folder: str) -> None:
-        with deaf(self, *(verbs if self.root.endswith("mirror") else [])):
+        with deaf(self, *(["fsync_dir"] if self.root.endswith("mirror") else [])):
             settle(self, folder)
 
-    return lambda monkeypatch: monkeypatch.setattr(LocalStorage, "settle", settle_carelessly)
+    monkeypatch.setattr(LocalStorage, "settle", settle_carelessly)
 
 
 def told_mirrored_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +159,10 @@ def told_mirrored_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def mirrored_files_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = StepCopy.copy
+    copy_step = StepCopy.copy
 
     async def copy(self: StepCopy, known: set[str], *args: Any) -> None:
-        await whole(self, set(self.manifest.files), *args)
+        await copy_step(self, set(self.manifest.files), *args)
 
     monkeypatch.setattr(StepCopy, "copy", copy)
 

@@ -149,7 +149,7 @@ def recover(place: Path, cut: Cut, told: Places) -> list[str]:
 
 def held_against(base: Path, told: Places, *, mirror_swept: bool = True) -> list[str]:
     """What is broken below `base`, twice: as a reader finds it, and after a new owner has cleared it."""
-    broken = untrue(base) if len(told) > 1 else []
+    broken = not_whole(base) if len(told) > 1 else []
     for place, promises in told.items():
         root = base / place
         first = examine(root)
@@ -161,7 +161,7 @@ def held_against(base: Path, told: Places, *, mirror_swept: bool = True) -> list
     return broken
 
 
-def untrue(base: Path) -> list[str]:
+def not_whole(base: Path) -> list[str]:
     """Files that are written down as whole on the mirror, lie there in their full size, and are not."""
     journal = base / RUN / names.MIRRORING
     if not journal.exists():

@@ -194,7 +194,7 @@ BUGS = {
     "record of a rank seen before it is durable": (planted.rank_record_not_durable, power("ranks"), DAMAGED),
     "commit without waiting for the other ranks": (planted.ranks_not_waited_for, one_of_two_ranks, DAMAGED),
     "mirror: directory fsync left out before the commit": (
-        planted.mirrored_before_it_is_durable("fsync_dir"),
+        planted.mirrored_before_it_is_durable,
         power("mirrored", samples=4),
         "mirror: .*damaged",
     ),

@@ -9,7 +9,7 @@ from crash.rig import FACTOR, Progress, Report, cut_everywhere, cut_recovery, pl
 from crash.scenarios import SCENARIOS
 
 SAMPLES = 20
-RESTARTS = 4 if FACTOR <= 1 else 2
+RESTARTS = 5 if FACTOR <= 1 else 2
 
 
 @pytest.mark.timeout(3600)
