@@ -11,10 +11,13 @@ from support.shards import commit_in_shards
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.errors import CorruptCheckpointError
-from asyncckpt.format.ranks import StoredShard
+from asyncckpt.format import names
+from asyncckpt.format.pieces import Piece, Shared
+from asyncckpt.format.ranks import RankRecord, SharePart, StoredShard, encode_rank_record, prepared
 from asyncckpt.read.assemble import assemble
 from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage.local import LocalStorage
+from asyncckpt.write.parts import NO_TREE
 
 CUTS = [((0, 0), (3, 6)), ((3, 0), (4, 2)), ((3, 2), (4, 4))]
 
@@ -85,6 +88,47 @@ def test_records_that_lie_about_their_pieces_are_damage(tmp_path, what):
     commit_in_shards(tmp_path, whole(7, 6), CUTS, forge=FORGED[what])
     with pytest.raises(CorruptCheckpointError), reader_of(tmp_path) as reader:
         reader.image("model")
+
+
+def of_rank(rank, **changes):
+    """A lie of one rank about its part."""
+    change = lambda part: {"model": msgspec.structs.replace(part, **changes)}  # noqa: E731
+    return lambda r: msgspec.structs.replace(r, parts=change(r.parts["model"])) if r.rank == rank else r
+
+
+LIES = {
+    "another attempt": lambda r: msgspec.structs.replace(r, attempt=names.new_attempt()),
+    "another step": lambda r: msgspec.structs.replace(r, step=2),
+    "another rank": lambda r: msgspec.structs.replace(r, rank=1 - r.rank) if r.rank < 2 else r,
+    "more ranks": lambda r: msgspec.structs.replace(r, world=4),
+    "a part less": lambda r: msgspec.structs.replace(r, parts={}),
+    "a file that there is not": of_rank(1, file="model.rank-00007.safetensors"),
+    "a file less": of_rank(2, file=None, size=0, chunks=[], shards={}),
+    "no tree at all": of_rank(0, same=True),
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_records_that_do_not_add_up_are_damage(tmp_path, what):
+    commit_in_shards(tmp_path, whole(7, 6), CUTS, lie=LIES[what])
+    with pytest.raises(CorruptCheckpointError):
+        reader_of(tmp_path)
+
+
+def test_a_prepared_record_is_of_this_save_or_damage():
+    save = 3, "0123456789ab", 1, 2
+    record = RankRecord(*save, {})
+    assert prepared(encode_rank_record(record), *save) == record
+    for place, other in enumerate((4, "ba9876543210", 0, 3)):
+        with pytest.raises(CorruptCheckpointError):
+            prepared(encode_rank_record(record), *save[:place], other, *save[place + 1 :])
+
+
+def test_a_coded_file_of_no_size_is_damage():
+    piece = Piece("raw", 10, 32 * "0", 0, 0)
+    part = SharePart(NO_TREE, size=10, files=[Shared("model.x.coded", 0)], coded=[[piece]])
+    with pytest.raises(CorruptCheckpointError):
+        RankRecord(3, "0123456789ab", 1, 2, {"model": part}).files()
 
 
 @pytest.mark.parametrize("victim", ["rank-00001.json", "model.rank-00002.safetensors"])

@@ -24,10 +24,11 @@ def commit_in_shards(
     cuts: Sequence[Cut],
     *,
     forge: Callable[[int, StoredShard], StoredShard] = lambda rank, shard: shard,
+    lie: Callable[[RankRecord], RankRecord] = lambda record: record,
 ) -> None:
     """Commit `whole` as the entry "w" of the part "model", as step 1; rank k has the box `cuts[k]` (offset, size).
 
-    `forge` may change what the records say of the shards.
+    `forge` may change what the records say of the shards, and `lie` the records as they are stored.
     """
     storage, attempt, world = LocalStorage(str(root)), names.new_attempt(), len(cuts)
     folder = f"{names.step_name(1)}/{attempt}"
@@ -43,7 +44,7 @@ def commit_in_shards(
         tree = msgspec.Raw(msgspec.json.encode({"w": {"$": "tensor", "n": "w"}} if rank == 0 else None))
         share = SharePart(tree, file, len(data), PAGE, chunks, same=rank > 0, shards={"w": shard})
         record = RankRecord(1, attempt, rank, world, {"model": share})
-        text = encode_rank_record(record)
+        text = encode_rank_record(lie(record))
         storage.put(f"{folder}/{names.rank_record(rank)}", text)
         files |= {names.rank_record(rank): FileRecord(len(text), digest(text)), **record.files()}
     manifest = Manifest(1, attempt, 1, world, ["model"], files, "2026-01-01T00:00:00.000+00:00")
