@@ -202,7 +202,7 @@ class Session:
             spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
             about = handle.step, arena.id, spans, replace, metrics, what.omitted, exports, member
             writer.send(m.Begin(flight.number, *about))
-            staged = lambda upto, same: writer.send(m.Staged(flight.number, upto, same))  # noqa: E731
+            staged = lambda upto, hashed: writer.send(m.Staged(flight.number, upto, hashed))  # noqa: E731
             flight.snapshot = self._snapshotter.take(
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error), known
             )

@@ -8,12 +8,12 @@ begins while copying goes on.
 
 from __future__ import annotations
 
-import bisect
 import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -23,7 +23,8 @@ from asyncckpt.snapshot import dtypes
 from asyncckpt.snapshot.arena import Arena
 from asyncckpt.snapshot.plan import PartPlan
 
-SLICE = 16 << 20
+SLICE = 2 << 20
+"""Bytes that are copied at once, and that then still lie in a core's caches: chunks are of whole slices."""
 SMALL = 64 << 10
 """Tensors up to this many bytes are copied together: the Python around one copy would cost more than the copy."""
 _MANY = 4096
@@ -32,19 +33,20 @@ _GRAIN = 32767
 """Items that torch copies without threads of its own: those belong to the training."""
 _STAGED_STEP = 8 << 20
 
-Piece = tuple[int, Callable[[], None]]
-"""Where in the arena something begins, and the call that puts it there."""
+
+class Piece(NamedTuple):
+    """Where in the arena something begins, how many bytes it is, and the call that puts it there."""
+
+    offset: int
+    size: int
+    copy: Callable[[], None]
 
 
-def pieces(
-    plan: PartPlan, which: Iterable[int], base: int, arena: Arena, but: Sequence[tuple[int, int]] = ()
-) -> list[Piece]:
-    """The pieces that copy the sources `which` of a part whose image begins at `base`.
+def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena, cut: int = SLICE) -> list[Piece]:
+    """The pieces that copy the sources `which` of a part whose image begins at `base`, in order.
 
-    Somebody else sees to the ranges `but` of the image: they are in order, and hold only tensors in CPU memory that are
-    contiguous and not cast.
+    Of what is contiguous in CPU memory none goes over a multiple of `cut` bytes of the image.
     """
-    ends = [end for _, end in but]
     small: list[tuple[int, torch.Tensor, torch.dtype]] = []
     found: list[Piece] = []
     for i in which:
@@ -55,55 +57,48 @@ def pieces(
         data = dtypes.as_plain(source.data) if source.cast is None else source.data
         dtype = source.cast or data.dtype
         if data.device.type != "cpu" or not source.contiguous:
-            found.append((offset, partial(_place(arena, offset, data.shape, dtype).copy_, data)))  # type: ignore[arg-type]
-        elif entry.nbytes <= SMALL and source.cast is None and _within(entry, but, ends):
-            continue
-        elif entry.nbytes <= SMALL:
+            copy = partial(_place(arena, offset, data.shape, dtype).copy_, data)
+            found.append(Piece(offset, entry.nbytes, copy))  # type: ignore[arg-type]
+        elif entry.nbytes <= SMALL and entry.offset // cut == (entry.offset + entry.nbytes - 1) // cut:
             small.append((offset, data.view(-1), dtype))
         elif source.cast is not None:
-            target = _place(arena, offset, (data.numel(),), dtype)
-            step = SLICE // dtype.itemsize
-            for start in range(0, data.numel(), step):
-                cast = partial(_cast, target[start : start + step], data.view(-1)[start : start + step])
-                found.append((offset + start * dtype.itemsize, cast))
+            target, flat, width = _place(arena, offset, (data.numel(),), dtype), data.view(-1), dtype.itemsize
+            for begin, end in _slices(entry, cut):
+                of = slice(begin // width, end // width)
+                found.append(Piece(offset + begin, end - begin, partial(_cast, target[of], flat[of])))
         else:
-            for begin, end in _outside(entry, but, ends):
-                for start in range(begin, end, SLICE):
-                    move = partial(_move, arena.address + offset + start, source.data, start, min(SLICE, end - start))
-                    found.append((offset + start, move))
+            for begin, end in _slices(entry, cut):
+                move = partial(_move, arena.address + offset + begin, source.data, begin, end - begin)
+                found.append(Piece(offset + begin, end - begin, move))
     small.sort(key=lambda item: item[0])
-    for offset, run, dtype in _runs(small):
+    for offset, run, dtype in _runs(small, base, cut):
         items = sum(t.numel() for t in run)
-        found.append((offset, partial(_copy_many, _place(arena, offset, (items,), dtype), run)))
+        target = _place(arena, offset, (items,), dtype)
+        found.append(Piece(offset, items * dtype.itemsize, partial(_copy_many, target, run)))
+    found.sort(key=lambda piece: piece.offset)
     return found
 
 
-def _outside(entry: Entry, but: Sequence[tuple[int, int]], ends: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """The ranges of an entry, from its begin, that lie in none of `but`, whose ends are `ends`."""
-    position, last = entry.offset, entry.offset + entry.nbytes
-    for begin, end in but[bisect.bisect_right(ends, position) :]:
-        if begin >= last:
-            break
-        if position < begin:
-            yield position - entry.offset, begin - entry.offset
-        position = max(position, end)
-    if position < last:
-        yield position - entry.offset, entry.nbytes
-
-
-def _within(entry: Entry, but: Sequence[tuple[int, int]], ends: Sequence[int]) -> bool:
-    return next(_outside(entry, but, ends), None) is None
+def _slices(entry: Entry, cut: int) -> Iterator[tuple[int, int]]:
+    """The ranges of an entry, from its begin, that end at multiples of `cut` of the image, or with it."""
+    begin = 0
+    while begin < entry.nbytes:
+        end = min(entry.nbytes, ((entry.offset + begin) // cut + 1) * cut - entry.offset)
+        yield begin, end
+        begin = end
 
 
 def _runs(
-    small: list[tuple[int, torch.Tensor, torch.dtype]],
+    small: list[tuple[int, torch.Tensor, torch.dtype]], base: int, cut: int
 ) -> Iterator[tuple[int, list[torch.Tensor], torch.dtype]]:
-    """Tensors of one dtype that lie next to each other in the arena, together, where they begin, and as what dtype."""
+    """Tensors of one dtype that lie next to each other in the arena, with no multiple of `cut` of the image at `base`
+    between them, together: where they begin, and as what dtype."""
     run: list[torch.Tensor] = []
     begin = end = 0
     becomes = torch.uint8
     for offset, tensor, dtype in small:
-        if run and (offset != end or tensor.dtype is not run[0].dtype or dtype is not becomes or len(run) == _MANY):
+        apart = offset != end or (offset - base) % cut == 0 or len(run) == _MANY
+        if run and (apart or tensor.dtype is not run[0].dtype or dtype is not becomes):
             yield begin, run, becomes
             run = []
         if not run:
@@ -157,7 +152,7 @@ class CopyJob:
         staged: Callable[[int], None],
         done: Callable[[BaseException | None], None],
     ) -> None:
-        self._pieces = sorted(pieces, key=lambda piece: piece[0])
+        self._pieces = sorted(pieces, key=lambda piece: piece.offset)
         self._end = end
         self._arena = arena
         self._staged, self._done = staged, done
@@ -186,7 +181,7 @@ class CopyJob:
             try:
                 if self.error is None:
                     self._arena.reserve()
-                    self._pieces[index][1]()
+                    self._pieces[index].copy()
             except BaseException as error:
                 self.error = error
                 if not isinstance(error, Exception):
@@ -210,7 +205,7 @@ class CopyJob:
             while self._front < len(self._pieces) and self._finished[self._front]:
                 self._front += 1
             last = self._left == 0
-            upto = self._end if last else self._pieces[self._front][0]
+            upto = self._end if last else self._pieces[self._front].offset
             if self.error is None and (last or upto - self._told >= _STAGED_STEP):
                 self._told = upto
                 self._staged(upto)

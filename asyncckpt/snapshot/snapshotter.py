@@ -22,15 +22,17 @@ import torch
 from torch.optim import Optimizer
 
 from asyncckpt.errors import TornSnapshotError
+from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.snapshot import dtypes, fence
 from asyncckpt.snapshot.arena import Arena
-from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
+from asyncckpt.snapshot.copy import SLICE, CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.describe import Describer, Description, Part
-from asyncckpt.snapshot.known import Chunk, Comparison, chunks_of
+from asyncckpt.snapshot.hashed import Chunk, by_chunks
+from asyncckpt.snapshot.known import Comparison
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
-from asyncckpt.write.messages import Known, Same
+from asyncckpt.write.messages import Hashed, Known
 from asyncckpt.write.workers import DaemonPool
 
 log = logging.getLogger("asyncckpt")
@@ -80,8 +82,10 @@ class Snapshot:
         self._torn: set[str] = set()
         self._sealed = threading.Event()
         self._job: CopyJob | None = None
+        self._size = 0
 
     def start(self, job_pieces: list[Piece], end: int, arena: Arena) -> CopyJob:
+        self._size = end
         staged = (lambda upto: None) if self._device else self._staged
         self._job = CopyJob(job_pieces, end, arena, staged, self._host_done)
         return self._job
@@ -115,6 +119,8 @@ class Snapshot:
         try:
             self._device.wait()
             self._check(self._device_looks)
+            if error is None:
+                self._staged(self._size)
         except Exception as failure:
             error = error or failure
         self._end(error)
@@ -150,6 +156,8 @@ class Snapshotter:
         self._helper_count = 0
         self._describer = Describer(exports or {})
         self._splits: weakref.WeakKeyDictionary[Part, _Split] = weakref.WeakKeyDictionary()
+        self._hashed: weakref.WeakKeyDictionary[Arena, deque[Hashed]] = weakref.WeakKeyDictionary()
+        """What has been hashed of the snapshot in each arena, and not been told."""
         self._owned: fence.Owned | None = None
         self._torn: set[str] = set()
         self._warned = False
@@ -165,25 +173,22 @@ class Snapshotter:
         what: Description,
         arena: Arena,
         overlap: bool,
-        staged: Callable[[int, list[Same]], None],
+        staged: Callable[[int, list[Hashed]], None],
         ended: Callable[[BaseException | None], None],
         known: Mapping[str, Known] | None = None,
     ) -> Snapshot:
         """Start the copies. `staged` and `ended` may be called from other threads, and before this returns.
 
-        Chunks of `known` parts that are still what they were are not copied, where everything is in CPU memory: with
-        how far the arena is what it will stay, `staged` is told those that had been found the same by then.
+        With how far the arena is what it will stay, `staged` is told the chunks that were hashed on the way; those of
+        `known` parts that are still what they were are not copied, where everything is in CPU memory.
         """
         owned = self._owned_by(what.optimizers) if overlap else None
         device = DeviceCopies(self._streams)
-        same: deque[Same] = deque()
-        now: list[Piece] = [
-            (what.trees_offset, partial(_put, arena, what.trees_offset, what.trees)),
-            *(
-                (base, partial(_put, arena, base, what.parts[name].plan.image.header))
-                for name, base, n in what.spans
-                if n
-            ),
+        hashed = self._hashed.setdefault(arena, deque())
+        hashed.clear()
+        now = [
+            _put(arena, what.trees_offset, what.trees),
+            *(_put(arena, base, what.parts[name].plan.image.header) for name, base, size in what.spans if size),
         ]
         later: list[Piece] = []
         looks: list[Look] = []
@@ -214,8 +219,8 @@ class Snapshotter:
                 detached = _detach_eager(plan, split.eager)
                 at_once = detached is None
                 plan = detached or plan
-            comparison = Comparison(name, known[name], same) if name in known else None
-            program = self._program(part, plan, split, base, arena, comparison)
+            comparison = Comparison(known[name]) if name in known else None
+            program = self._program(name, part, plan, split, base, arena, comparison)
             now.extend(program.eager)
             later.extend(program.late)
             if split.late:
@@ -228,7 +233,7 @@ class Snapshotter:
         overlapped = bool(later) or any(which for _, _, which in on_device)
 
         def tell(upto: int) -> None:
-            staged(upto, [same.popleft() for _ in range(len(same))])
+            staged(upto, [hashed.popleft() for _ in range(len(hashed))])
 
         snapshot = Snapshot(self, owned.params if owned else frozenset(), looks, device_looks, device, tell, ended)
         end = what.trees_offset + len(what.trees)
@@ -277,7 +282,14 @@ class Snapshotter:
         return all(owned.covers(t) for t in source.live)
 
     def _program(
-        self, part: Part, plan: PartPlan, split: _Split, base: int, arena: Arena, comparison: Comparison | None
+        self,
+        name: str,
+        part: Part,
+        plan: PartPlan,
+        split: _Split,
+        base: int,
+        arena: Arena,
+        comparison: Comparison | None,
     ) -> _Program:
         """The pieces that copy a part; kept while nothing of it changes."""
         program = split.programs.get(arena)
@@ -286,17 +298,19 @@ class Snapshotter:
                 return program
             if comparison is not None and program.comparison is not None and program.comparison.renew(comparison):
                 return program
-        compared: list[Chunk] = [] if comparison is None else list(chunks_of(plan, comparison.known))
-        but = [(chunk.start, chunk.end) for chunk in compared]
-        on_host = [source.data.device.type != "cuda" for source in plan.sources]
-        eager, late = (
-            pieces(plan, [i for i in which if on_host[i]], base, arena, but) for which in (split.eager, split.late)
-        )
+        copy_of: Callable[[Chunk], Callable[[], None]] = lambda chunk: chunk.copy  # noqa: E731
+        step = CHUNK_SIZE
         if comparison is not None:
-            waits = frozenset(split.late)
-            for chunk in compared:
-                piece = comparison.piece(chunk, plan, base, arena)
-                (late if all(s.source in waits for s in chunk.segments) else eager).append(piece)
+            copy_of, step = comparison.copies(plan), comparison.known.chunk_size
+        on_host = [source.data.device.type != "cuda" for source in plan.sources]
+        tell = self._hashed[arena].append
+        eager, late = (
+            list(by_chunks(found, name, plan.image, base, arena.memory, tell, step, copy_of))
+            for found in (
+                pieces(plan, [i for i in which if on_host[i]], base, arena, min(SLICE, step))
+                for which in (split.eager, split.late)
+            )
+        )
         made = _Program(base, eager, late, comparison)
         if plan is part.plan:
             split.programs[arena] = made
@@ -373,8 +387,13 @@ def _detach_eager(plan: PartPlan, eager: list[int]) -> PartPlan | None:
     return PartPlan(plan.specs, sources, plan.image)
 
 
-def _put(arena: Arena, offset: int, data: bytes) -> None:
-    arena.memory[offset : offset + len(data)] = data
+def _put(arena: Arena, offset: int, data: bytes) -> Piece:
+    """The piece that is these bytes."""
+
+    def copy() -> None:
+        arena.memory[offset : offset + len(data)] = data
+
+    return Piece(offset, len(data), copy)
 
 
 def _unhook(loading: dict[int, Any], key: int, value: object) -> None:

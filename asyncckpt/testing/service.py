@@ -37,6 +37,7 @@ from asyncckpt.testing.promises import (
     content_word,
 )
 from asyncckpt.write import messages as m
+from asyncckpt.write import pipeline
 from asyncckpt.write.client import ThreadWriter
 
 PAGE = 4096
@@ -127,34 +128,37 @@ class ServiceDriver:
         for span in spans:
             memory[span.offset : span.offset + span.size] = value[span.part][0]
         memory[position : position + len(text) + len(shares)] = text + shares
-        same = self._leave_out(spans, memory)
+        hashed = self._hash(spans, memory)
         event = Saved(step, content or content_of_value(value))
         self._events[number] = event
         self._note(Saving(step, event.content))
         self._writer.share(_Arena(number, len(memory), None, memory))
         self._writer.send(m.Begin(number, step, number, spans, replace, member=member))
-        self._writer.send(m.Staged(number, position, same))
+        self._writer.send(m.Staged(number, position, hashed))
         self._writer.send(m.Seal(number, position, len(text), len(shares)))
         return number
 
-    def _leave_out(self, spans: list[m.Span], memory: memoryview) -> list[m.Same]:
-        """What is the same as in the last save is not given to the service, as a trainer does it: only its digest."""
+    def _hash(self, spans: list[m.Span], memory: memoryview) -> list[m.Hashed]:
+        """What a trainer tells of chunks: which are the same as in the last save, so that they are not given to the
+        service, and the digest of half of the others."""
         self._unfinished += 1
         known = self._known if self._unfinished == 1 else {}
-        same = []
+        hashed = []
         for span in spans:
-            about = known.get(span.part)
-            if about is None or about.size != span.size:
+            about = known.get(span.part, m.Known(span.size, pipeline.CHUNK_SIZE, b""))
+            if not span.size or about.size != span.size:
                 continue
             header = header_size(bytes(memory[span.offset : span.offset + 8]), span.size)
             for index, start in enumerate(range(0, span.size, about.chunk_size)):
                 end = min(start + about.chunk_size, span.size)
                 found = digest(memory[span.offset + start : span.offset + end])
-                if about.has(index, bytes.fromhex(found)):
-                    same.append(m.Same(span.part, index, found))
+                same = about.has(index, bytes.fromhex(found))
+                if same:
                     wiped = max(start, min(header, end)), end
                     memory[span.offset + wiped[0] : span.offset + wiped[1]] = b"\xdd" * (wiped[1] - wiped[0])
-        return same
+                if same or index % 2:
+                    hashed.append(m.Hashed(span.part, start, end - start, found, same))
+        return hashed
 
     def finish(self, number: int) -> m.Committed:
         """Wait for the end of a save."""

@@ -49,8 +49,7 @@ class CodedPart:
         self._pieces: dict[int, list[tuple[str, Piece]]] = {}
         """By chunk, each piece with the name of its file."""
 
-    def write(self, index: int, data: memoryview) -> None:
-        found = digest(data)
+    def write(self, index: int, data: memoryview, found: str) -> None:
         if self._shared(index, found):
             return
         known = self._known(index)

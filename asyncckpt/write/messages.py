@@ -154,20 +154,28 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
         return self.digests[width * index : width * (index + 1)] == digest
 
 
-class Same(msgspec.Struct, frozen=True, array_like=True):
-    """Chunk `index` of the image of `part` has this digest, which is `Known`: its bytes are not in the arena."""
+class Hashed(msgspec.Struct, frozen=True, array_like=True):
+    """A chunk, `size` bytes at `start` of the image of `part`, has this digest.
+
+    If it is the `same` as before, by a digest that is `Known`, its bytes are not in the arena.
+    """
 
     part: str
-    index: int
+    start: int
+    size: int
     digest: str
+    same: bool = False
 
 
 class Staged(msgspec.Struct, tag=True, frozen=True):
-    """The first `upto` bytes of the arena are what they will stay, but for those of chunks that are the `same`."""
+    """The first `upto` bytes of the arena are what they will stay, but for those of chunks that are the same.
+
+    Chunks that are not among the `hashed` by then the service hashes.
+    """
 
     save: int
     upto: int
-    same: list[Same] = []
+    hashed: list[Hashed] = []
 
 
 class Seal(msgspec.Struct, tag=True, frozen=True):

@@ -49,8 +49,8 @@ class WrittenPart:
 
 
 class PartWriter(Protocol):
-    def write(self, index: int, data: memoryview) -> None:
-        """Take chunk `index`."""
+    def write(self, index: int, data: memoryview, found: str) -> None:
+        """Take chunk `index`, whose digest is `found`."""
 
     def same(self, index: int, length: int, found: str) -> None:
         """Take chunk `index`, of so many bytes, as it was committed last, with the digest `found`."""

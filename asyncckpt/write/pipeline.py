@@ -1,8 +1,8 @@
 """One save, from arena to durable files.
 
-Chunk by chunk, as far as the snapshot has grown: one hop on a worker thread hashes a chunk, codes it where it is to be
-coded, and writes it, straight from the arena where it is not. A file is made durable when its last chunk is written;
-the prepare record follows when the snapshot is sealed. Publishing is the service's.
+Chunk by chunk, as far as the snapshot has grown: one hop on a worker thread hashes a chunk, unless the trainer has,
+codes it where it is to be coded, and writes it, straight from the arena where it is not. A file is made durable when
+its last chunk is written; the prepare record follows when the snapshot is sealed. Publishing is the service's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import msgspec
 from asyncckpt.errors import CheckpointError
 from asyncckpt.format import names
 from asyncckpt.format.image import Entry, header_size, parse_header
-from asyncckpt.format.manifest import CHUNK_SIZE, FileRecord, PartRecord, PrepareRecord, digest, encode
+from asyncckpt.format.manifest import CHUNK_SIZE as CHUNK_SIZE
+from asyncckpt.format.manifest import FileRecord, PartRecord, PrepareRecord, digest, encode
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage
 from asyncckpt.write.bases import Base
 from asyncckpt.write.coded import CodedPart
 from asyncckpt.write.coding import Coding, Trial
-from asyncckpt.write.messages import Begin, Seal, Span
+from asyncckpt.write.messages import Begin, Hashed, Seal, Span
 from asyncckpt.write.meter import Meter
 from asyncckpt.write.parts import NO_TREE, PartWriter, Place, WrittenPart
 from asyncckpt.write.raw import RawPart
@@ -48,8 +49,8 @@ class Save:
     begin: Begin
     memory: memoryview
     staged: int = 0
-    same: dict[tuple[str, int], str] = field(default_factory=dict)
-    """Digests of the chunks, by part and index, that were left out."""
+    hashed: dict[tuple[str, int], Hashed] = field(default_factory=dict)
+    """The chunks that the trainer has hashed, by part and where they begin."""
     seal: Seal | None = None
     dropped: bool = False
     started: bool = False
@@ -231,12 +232,13 @@ class Attempt:
         self, writer: PartWriter, index: int, span: Span, start: int, end: int, scan: FiniteScan | None
     ) -> None:
         try:
-            same = self._save.same.get((span.part, index))
-            if same is not None:
-                await self._workers.run(writer.same, index, end - start, same)
+            hashed = self._save.hashed.get((span.part, start))
+            if hashed is not None and hashed.same:
+                await self._workers.run(writer.same, index, hashed.size, hashed.digest)
             else:
                 data = self._save.memory[span.offset + start : span.offset + end]
-                await self._workers.run(_hop, writer, index, start, data, scan)
+                found = hashed.digest if hashed is not None and hashed.size == len(data) else None
+                await self._workers.run(_hop, writer, index, start, data, found, scan)
         finally:
             self._slots.release()
         self._save.written += end - start
@@ -260,8 +262,10 @@ class Attempt:
         }
 
 
-def _hop(writer: PartWriter, index: int, start: int, data: memoryview, scan: FiniteScan | None) -> None:
-    writer.write(index, data)
+def _hop(
+    writer: PartWriter, index: int, start: int, data: memoryview, found: str | None, scan: FiniteScan | None
+) -> None:
+    writer.write(index, data, digest(data) if found is None else found)
     if scan is not None:
         scan.look(start, data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncckpt.errors import StorageError
-from asyncckpt.format.digests import digest, digest_of_chunks
+from asyncckpt.format.digests import digest_of_chunks
 from asyncckpt.format.manifest import Chunk, FileRecord, PartRecord
 from asyncckpt.format.pieces import RAW
 from asyncckpt.write.coding import Trial
@@ -19,8 +19,8 @@ class RawPart:
         self._file = place.storage.create(f"{place.folder}/{self._name}", place.size, steady=True)
         self._chunks: dict[int, Chunk] = {}
 
-    def write(self, index: int, data: memoryview) -> None:
-        self._chunks[index] = Chunk(RAW, len(data), digest(data))
+    def write(self, index: int, data: memoryview, found: str) -> None:
+        self._chunks[index] = Chunk(RAW, len(data), found)
         with self._place.meter.writing(len(data)):
             self._file.write_at(index * self._place.chunk_size, data)
         if self._trial is not None:

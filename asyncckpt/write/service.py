@@ -97,7 +97,7 @@ class Service:
                 self._queue.put_nowait(save)
             case m.Staged():
                 if (save := self._saves.get(message.save)) is not None:  # type: ignore[assignment]
-                    save.same.update({(same.part, same.index): same.digest for same in message.same})
+                    save.hashed.update({(chunk.part, chunk.start): chunk for chunk in message.hashed})
                     save.staged = message.upto
                     save.touch()
             case m.Seal():

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 import numpy as np
 
 from asyncckpt.errors import CheckpointError
+from asyncckpt.format.digests import digest
 from asyncckpt.format.image import Image
 from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.read.reader import allocate
@@ -45,7 +46,7 @@ def write_image(
 
     def write(index: int, buffer: memoryview, size: int) -> None:
         try:
-            writer.write(index, buffer[:size])
+            writer.write(index, buffer[:size], digest(buffer[:size]))
         finally:
             free.put(buffer)
 

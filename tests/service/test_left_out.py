@@ -23,7 +23,7 @@ from asyncckpt.write import messages as m
 from asyncckpt.write import pipeline
 
 CHUNK = 1 << 14
-LEFT_OUT: list[m.Same] = []
+LEFT_OUT: list[m.Hashed] = []
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +34,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> None:
     tell_the_writer(monkeypatch, lambda same: same)
 
 
-def tell_the_writer(monkeypatch: pytest.MonkeyPatch, change: Callable[[m.Same], m.Same]) -> None:
+def tell_the_writer(monkeypatch: pytest.MonkeyPatch, change: Callable[[m.Hashed], m.Hashed]) -> None:
     take = Snapshotter.take
 
     def spying(self: Snapshotter, what: Any, arena: Any, overlap: bool, staged: Any, *rest: Any) -> Any:
-        def seen(upto: int, same: list[m.Same]) -> None:
-            LEFT_OUT.extend(same)
-            staged(upto, [change(item) for item in same])
+        def seen(upto: int, hashed: list[m.Hashed]) -> None:
+            LEFT_OUT.extend(chunk for chunk in hashed if chunk.same)
+            staged(upto, [change(chunk) if chunk.same else chunk for chunk in hashed])
 
         return take(self, what, arena, overlap, seen, *rest)
 
@@ -148,7 +148,7 @@ def test_a_planted_trust_in_counters_is_found(tmp_path: Path, monkeypatch: pytes
         now = sum(source.data._version for source, _ in parts)
         if versions.setdefault(chunk.index, now) == now:
             digest = self.known.digests[16 * chunk.index : 16 * chunk.index + 16].hex()
-            self.same.append(m.Same(self.part, chunk.index, digest))
+            self.same.append(m.Hashed(self.part, chunk.index, digest))
         else:
             compare(self, chunk, header, parts, image)
 
@@ -164,7 +164,7 @@ def test_what_is_told_is_held_against_the_base(tmp_path: Path, monkeypatch: pyte
         for number in (1, 2):
             ckpt.save(number, state).result(60)
         with monkeypatch.context() as lying:
-            tell_the_writer(lying, lambda same: m.Same(same.part, same.index, 32 * "0"))
+            tell_the_writer(lying, lambda same: m.Hashed(same.part, same.index, 32 * "0"))
             handle = ckpt.save(3, state)
             with pytest.raises(asyncckpt.StorageError):
                 handle.result(60)
