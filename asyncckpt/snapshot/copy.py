@@ -31,7 +31,7 @@ _MANY = 4096
 """So many at most: torch holds the GIL while it looks through them."""
 _GRAIN = 32767
 """Items that torch copies without threads of its own: those belong to the training."""
-_STAGED_STEP = 8 << 20
+_STAGED_STEP = 32 << 20
 
 
 class Piece(NamedTuple):

@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # numpy is loaded only where it is wanted
 
 log = logging.getLogger("asyncckpt")
 
+_MOST = 4
+"""Chunks of one hop: what the event loop does for a hop takes as long as a core hashes a chunk."""
+
 
 class DroppedSave(CheckpointError):
     """The trainer took this save back."""
@@ -181,11 +184,13 @@ class Attempt:
         try:
             scan = None if self._scans is None else await self._scan(span)
             async with asyncio.TaskGroup() as group:
-                for index, start in enumerate(range(0, span.size, CHUNK_SIZE)):
-                    end = min(start + CHUNK_SIZE, span.size)
-                    await self._staged(span, end)
+                start = 0
+                while start < span.size:
+                    await self._staged(span, min(start + CHUNK_SIZE, span.size))
                     await self._slots.acquire()
-                    group.create_task(self._write_chunk(writer, index, span, start, end, scan))
+                    end = self._end_of_hop(span, start)
+                    group.create_task(self._write_chunks(writer, span, start, end, scan))
+                    start = end
             return await self._workers.run(writer.finish)
         except BaseException:
             writer.abort()
@@ -228,21 +233,33 @@ class Attempt:
         """Wait until the first `end` bytes of `span` are what they will stay."""
         await self._save.until(lambda: self._save.staged >= span.offset + end)
 
-    async def _write_chunk(
-        self, writer: PartWriter, index: int, span: Span, start: int, end: int, scan: FiniteScan | None
+    def _end_of_hop(self, span: Span, start: int) -> int:
+        """How far the next hop goes: over several chunks only while there is plenty for every thread."""
+        here = min(self._save.staged - span.offset, span.size) - start
+        count = max(1, min(here // CHUNK_SIZE // self._workers.count, _MOST))
+        return min(start + count * CHUNK_SIZE, span.size)
+
+    async def _write_chunks(
+        self, writer: PartWriter, span: Span, start: int, end: int, scan: FiniteScan | None
     ) -> None:
         try:
-            hashed = self._save.hashed.get((span.part, start))
-            if hashed is not None and hashed.same:
-                await self._workers.run(writer.same, index, hashed.size, hashed.digest)
-            else:
-                data = self._save.memory[span.offset + start : span.offset + end]
-                found = hashed.digest if hashed is not None and hashed.size == len(data) else None
-                await self._workers.run(_hop, writer, index, start, data, found, scan)
+            await self._workers.run(self._hop, writer, span, start, end, scan)
         finally:
             self._slots.release()
         self._save.written += end - start
         self._progress(self._save)
+
+    def _hop(self, writer: PartWriter, span: Span, start: int, end: int, scan: FiniteScan | None) -> None:
+        for begin in range(start, end, CHUNK_SIZE):
+            index, hashed = begin // CHUNK_SIZE, self._save.hashed.get((span.part, begin))
+            if hashed is not None and hashed.same:
+                writer.same(index, hashed.size, hashed.digest)
+                continue
+            data = self._save.memory[span.offset + begin : span.offset + min(begin + CHUNK_SIZE, end)]
+            fits = hashed is not None and hashed.size == len(data)
+            writer.write(index, data, hashed.digest if hashed is not None and fits else digest(data))
+            if scan is not None:
+                scan.look(begin, data)
 
     def _records(self, written: Mapping[str, WrittenPart]) -> dict[str, PartRecord]:
         """The parts, by name; one that has no tree of its own (see `Seal`) with a null in its place."""
@@ -260,14 +277,6 @@ class Attempt:
             )
             for span in self._save.begin.spans
         }
-
-
-def _hop(
-    writer: PartWriter, index: int, start: int, data: memoryview, found: str | None, scan: FiniteScan | None
-) -> None:
-    writer.write(index, data, digest(data) if found is None else found)
-    if scan is not None:
-        scan.look(start, data)
 
 
 def leaves(group: BaseException) -> Iterator[BaseException]:

@@ -27,7 +27,7 @@ from asyncckpt.storage.local import LocalStorage
 from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import ServiceDriver
 from asyncckpt.testing.service import Value
-from asyncckpt.write import bases, coded, coding, pipeline
+from asyncckpt.write import bases, coding, pipeline
 
 INCREMENTAL, ZSTD, DELTA = Codec("incremental"), Codec("zstd"), Codec("delta", max_chain=3)
 CHUNK = 1 << 16
@@ -163,7 +163,7 @@ def test_the_bytes_decide_not_what_anybody_says_of_them(root: Path) -> None:
 
 
 def test_a_planted_blindness_to_changes_is_seen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coded, "digest", lambda data: "0" * 32)
+    monkeypatch.setattr(pipeline, "digest", lambda data: "0" * 32)
     with ServiceDriver(str(root), codec=ZSTD) as driver:
         for step in range(1, 4):
             driver.save(step, state(step))

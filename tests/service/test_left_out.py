@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import nn
 
 import asyncckpt
 from asyncckpt.snapshot import known
+from asyncckpt.snapshot.hashed import Chunk
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.write import messages as m
@@ -90,7 +92,7 @@ def test_frozen_layers_are_left_out_and_come_back(tmp_path: Path, overlap: Any, 
             assert ckpt.save(number, state).result(60) == "committed"
             assert bool(LEFT_OUT) == (number > 2)
     frozen = sum(p.nbytes for p in state["model"]["frozen"].parameters())
-    assert len({same.index for same in LEFT_OUT if same.part == "model"}) >= frozen // CHUNK - 2
+    assert len({chunk.start for chunk in LEFT_OUT if chunk.part == "model"}) >= frozen // CHUNK - 2
     for number in saved:
         assert asyncckpt.open(tmp_path).verify(number) == number and equals(tmp_path, number, saved[number])
 
@@ -141,18 +143,19 @@ def test_a_change_that_no_counter_tells_is_saved(
 
 
 def test_a_planted_trust_in_counters_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = known.Comparison._compare
+    compare = known.Comparison._copy_changed
     versions: dict[int, int] = {}
 
-    def trusting(self: known.Comparison, chunk: known.Chunk, header: bytes, parts: Any, image: int) -> None:
-        now = sum(source.data._version for source, _ in parts)
-        if versions.setdefault(chunk.index, now) == now:
-            digest = self.known.digests[16 * chunk.index : 16 * chunk.index + 16].hex()
-            self.same.append(m.Hashed(self.part, chunk.index, digest))
+    def trusting(self: known.Comparison, chunk: Chunk, segments: Any) -> None:
+        now = sum(source.data._version for source, _, _ in segments)
+        if versions.setdefault(chunk.start, now) == now:
+            index = chunk.start // self.known.chunk_size
+            digest = self.known.digests[16 * index : 16 * index + 16].hex()
+            chunk.tell(m.Hashed(chunk.part, chunk.start, chunk.size, digest, same=True))
         else:
-            compare(self, chunk, header, parts, image)
+            compare(self, chunk, segments)
 
-    monkeypatch.setattr(known.Comparison, "_compare", trusting)
+    monkeypatch.setattr(known.Comparison, "_copy_changed", trusting)
     with pytest.raises(AssertionError):
         change_unseen(tmp_path, fused, False)
 
@@ -164,7 +167,7 @@ def test_what_is_told_is_held_against_the_base(tmp_path: Path, monkeypatch: pyte
         for number in (1, 2):
             ckpt.save(number, state).result(60)
         with monkeypatch.context() as lying:
-            tell_the_writer(lying, lambda same: m.Hashed(same.part, same.index, 32 * "0"))
+            tell_the_writer(lying, lambda chunk: structs.replace(chunk, digest=32 * "0"))
             handle = ckpt.save(3, state)
             with pytest.raises(asyncckpt.StorageError):
                 handle.result(60)
