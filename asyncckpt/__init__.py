@@ -6,6 +6,7 @@ Names are loaded when they are first used: the writer process imports this packa
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
     from asyncckpt.stats import Stats as Stats
 
 __version__ = "0.1.0"
+
+if sys.byteorder != "little":
+    raise ImportError(
+        "asyncckpt stores tensors as they lie in memory, and that must be little-endian: "
+        "it can't run on a machine of the other byte order"
+    )
 
 _HOME = {
     "Checkpointer": "checkpointer",

@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from asyncckpt.snapshot.available import available_memory
 
 PAGE = 4096
 _PIECE = 32 << 20
+_LARGE = 4 << 20
+"""From so many bytes on, huge pages are asked for, which are fewer to pin for each write."""
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MARGIN = 64 << 20
 _numbers = itertools.count(1)
@@ -41,6 +44,9 @@ class Arena:
                 self.fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
                 os.ftruncate(self.fd, self.size)
             self._map = mmap.mmap(-1 if self.fd is None else self.fd, self.size)
+            if hasattr(mmap, "MADV_HUGEPAGE") and self.size >= _LARGE:
+                with suppress(OSError):  # a kernel without them
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:
             if self.fd is not None:
                 os.close(self.fd)
@@ -70,14 +76,14 @@ class Arena:
             self.ready = True
 
     def _take(self, start: int, size: int) -> None:
-        try:
-            if self.fd is not None:
+        if _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE) == 0:
+            return
+        if self.fd is not None:  # an older kernel, or no memory
+            try:
                 os.posix_fallocate(self.fd, start, size)
-            if _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE) == 0:
-                return
-        except OSError as error:
-            raise _refused(self.size, error) from error
-        np.frombuffer(self._map, np.uint8, size, start)[::PAGE] = 0  # an older kernel: touch page by page
+            except OSError as error:
+                raise _refused(self.size, error) from error
+        np.frombuffer(self._map, np.uint8, size, start)[::PAGE] = 0
 
     def close(self) -> None:
         """Give the memory back as soon as nothing in this process refers to it."""

@@ -32,6 +32,7 @@ _MANY = 4096
 _GRAIN = 32767
 """Items that torch copies without threads of its own: those belong to the training."""
 _STAGED_STEP = 32 << 20
+"""How far it goes on until it is told again: a chunk for each of the writer's threads. A disk takes longer for them."""
 
 
 class Piece(NamedTuple):
@@ -42,10 +43,10 @@ class Piece(NamedTuple):
     copy: Callable[[], None]
 
 
-def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena, cut: int = SLICE) -> list[Piece]:
+def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> list[Piece]:
     """The pieces that copy the sources `which` of a part whose image begins at `base`, in order.
 
-    Of what is contiguous in CPU memory none goes over a multiple of `cut` bytes of the image.
+    Of what is contiguous in CPU memory each lies in one slice of the image.
     """
     small: list[tuple[int, torch.Tensor, torch.dtype]] = []
     found: list[Piece] = []
@@ -59,19 +60,19 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena, cut: i
         if data.device.type != "cpu" or not source.contiguous:
             copy = partial(_place(arena, offset, data.shape, dtype).copy_, data)
             found.append(Piece(offset, entry.nbytes, copy))  # type: ignore[arg-type]
-        elif entry.nbytes <= SMALL and entry.offset // cut == (entry.offset + entry.nbytes - 1) // cut:
+        elif entry.nbytes <= SMALL and entry.offset // SLICE == (entry.offset + entry.nbytes - 1) // SLICE:
             small.append((offset, data.view(-1), dtype))
         elif source.cast is not None:
             target, flat, width = _place(arena, offset, (data.numel(),), dtype), data.view(-1), dtype.itemsize
-            for begin, end in _slices(entry, cut):
+            for begin, end in _slices(entry):
                 of = slice(begin // width, end // width)
                 found.append(Piece(offset + begin, end - begin, partial(_cast, target[of], flat[of])))
         else:
-            for begin, end in _slices(entry, cut):
+            for begin, end in _slices(entry):
                 move = partial(_move, arena.address + offset + begin, source.data, begin, end - begin)
                 found.append(Piece(offset + begin, end - begin, move))
     small.sort(key=lambda item: item[0])
-    for offset, run, dtype in _runs(small, base, cut):
+    for offset, run, dtype in _runs(small, base):
         items = sum(t.numel() for t in run)
         target = _place(arena, offset, (items,), dtype)
         found.append(Piece(offset, items * dtype.itemsize, partial(_copy_many, target, run)))
@@ -79,25 +80,25 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena, cut: i
     return found
 
 
-def _slices(entry: Entry, cut: int) -> Iterator[tuple[int, int]]:
-    """The ranges of an entry, from its begin, that end at multiples of `cut` of the image, or with it."""
+def _slices(entry: Entry) -> Iterator[tuple[int, int]]:
+    """The ranges of an entry, from its begin, that end where a slice of the image does, or with it."""
     begin = 0
     while begin < entry.nbytes:
-        end = min(entry.nbytes, ((entry.offset + begin) // cut + 1) * cut - entry.offset)
+        end = min(entry.nbytes, ((entry.offset + begin) // SLICE + 1) * SLICE - entry.offset)
         yield begin, end
         begin = end
 
 
 def _runs(
-    small: list[tuple[int, torch.Tensor, torch.dtype]], base: int, cut: int
+    small: list[tuple[int, torch.Tensor, torch.dtype]], base: int
 ) -> Iterator[tuple[int, list[torch.Tensor], torch.dtype]]:
-    """Tensors of one dtype that lie next to each other in the arena, with no multiple of `cut` of the image at `base`
-    between them, together: where they begin, and as what dtype."""
+    """Tensors of one dtype that lie next to each other in one slice of the image at `base`, together: where they begin,
+    and as what dtype."""
     run: list[torch.Tensor] = []
     begin = end = 0
     becomes = torch.uint8
     for offset, tensor, dtype in small:
-        apart = offset != end or (offset - base) % cut == 0 or len(run) == _MANY
+        apart = offset != end or (offset - base) % SLICE == 0 or len(run) == _MANY
         if run and (apart or tensor.dtype is not run[0].dtype or dtype is not becomes):
             yield begin, run, becomes
             run = []
@@ -156,8 +157,10 @@ class CopyJob:
         self._end = end
         self._arena = arena
         self._staged, self._done = staged, done
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._next = 0
+        self._busy: set[int] = set()
+        """The threads that have taken a piece."""
         self._finished = bytearray(len(self._pieces))
         self._front = 0
         self._told = 0
@@ -191,15 +194,24 @@ class CopyJob:
             self.wait()
             raise interrupt
 
+    def abandon(self, error: BaseException) -> None:
+        """Return when no other thread copies anything of it any more, or ever will."""
+        with self._lock:
+            self.error = self.error or error
+            self._lock.wait_for(lambda: self._busy <= {threading.get_ident()})
+
     def _take(self) -> int | None:
         with self._lock:
             if self._next >= len(self._pieces):
                 return None
+            self._busy.add(threading.get_ident())
             self._next += 1
             return self._next - 1
 
     def _complete(self, index: int) -> None:
         with self._lock:
+            self._busy.discard(threading.get_ident())
+            self._lock.notify_all()
             self._finished[index] = 1
             self._left -= 1
             while self._front < len(self._pieces) and self._finished[self._front]:

@@ -5,8 +5,9 @@ Hashing follows the copy, slice by slice, and reads the arena: a digest is that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -14,55 +15,68 @@ from asyncckpt.format.image import Image
 from asyncckpt.snapshot.copy import Piece
 from asyncckpt.write.messages import Hashed
 
-Tell = Callable[[Hashed], None]
+
+@dataclass
+class Notes:
+    """What was hashed of the snapshot in an arena, and is not told yet. Each snapshot has a list of its own."""
+
+    hashed: deque[Hashed] = field(default_factory=deque)
+
+    def renew(self) -> deque[Hashed]:
+        self.hashed = deque()
+        return self.hashed
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the image of a part lies: at `base` of the arena that is `memory`, of which `notes` are kept."""
+
+    part: str
+    image: Image
+    base: int
+    memory: memoryview
+    notes: Notes
 
 
 @dataclass(slots=True)
 class Chunk:
-    """`size` bytes at `start` of the image of `part`: of its `header`, which somebody else copies, then of `pieces`."""
+    """`size` bytes at `start` of an image: of its header, which somebody else copies, then of `pieces`."""
 
-    part: str
+    home: Home
     start: int
     size: int
-    header: bytes
     pieces: Sequence[Piece]
-    memory: memoryview
-    tell: Tell
+
+    @property
+    def header(self) -> bytes:
+        return self.home.image.header[self.start : self.start + self.size]
 
     def copy(self) -> None:
+        memory, notes = self.home.memory, self.home.notes.hashed
         found = xxhash.xxh3_128(self.header)
         for piece in self.pieces:
             piece.copy()
-            found.update(self.memory[piece.offset : piece.offset + piece.size])
-        self.tell(Hashed(self.part, self.start, self.size, found.hexdigest()))
+            found.update(memory[piece.offset : piece.offset + piece.size])
+        notes.append(Hashed(self.home.part, self.start, self.size, found.hexdigest()))
 
 
-def by_chunks(
-    pieces: Sequence[Piece],
-    part: str,
-    image: Image,
-    base: int,
-    memory: memoryview,
-    tell: Tell,
-    step: int,
-    copy_of: Callable[[Chunk], Callable[[], None]],
-) -> Iterator[Piece]:
-    """The same pieces, those of a whole chunk in one, which is copied as `copy_of` says.
+def by_chunks(pieces: Sequence[Piece], home: Home, step: int) -> Iterator[list[Piece] | Chunk]:
+    """The same pieces, those of each chunk together, which are all that is in it but for the header, or just some.
 
-    They are in order, and of the image at `base` of the arena `memory`, whose chunks have `step` bytes.
+    They are in order, and of one image, whose chunks have `step` bytes.
     """
     i = 0
-    for start in range(0, image.size, step):
-        end = min(start + step, image.size)
+    for start in range(0, home.image.size, step):
+        end = min(start + step, home.image.size)
         first = i
-        while i < len(pieces) and pieces[i].offset < base + end:
+        while i < len(pieces) and pieces[i].offset < home.base + end:
             i += 1
-        these, header = pieces[first:i], image.header[start:end]
-        if these and _fill(these, base + start + len(header), base + end):
-            chunk = Chunk(part, start, end - start, header, these, memory, tell)
-            yield Piece(these[0].offset, base + end - these[0].offset, copy_of(chunk))
+        these = pieces[first:i]
+        begin = max(start, min(len(home.image.header), end))
+        if these and _fill(these, home.base + begin, home.base + end):
+            yield Chunk(home, start, end - start, these)
         else:
-            yield from these
+            yield list(these)
 
 
 def _fill(pieces: Iterable[Piece], position: int, end: int) -> bool:

@@ -19,6 +19,7 @@ from asyncckpt.snapshot.memory import at
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.write.messages import Hashed, Known
 
+CopyOf = Callable[[Chunk], Callable[[], None]]
 Segment = tuple[Source, int, int]
 """What has the bytes, where in it they begin, and how many they are."""
 
@@ -37,7 +38,7 @@ class Comparison:
         self.known = new
         return True
 
-    def copies(self, plan: PartPlan) -> Callable[[Chunk], Callable[[], None]]:
+    def copies(self, plan: PartPlan) -> CopyOf:
         """For each chunk of the part what copies it; where it can be compared where it lies, only if it has changed."""
         known, entries = self.known, plan.image.entries
         marks = _marks(known)
@@ -51,8 +52,8 @@ class Comparison:
                 return chunk.copy
             segments: list[Segment] = []
             position, end = chunk.start + len(chunk.header), chunk.start + chunk.size
-            for i in order[bisect.bisect_right(begins, position) - 1 :]:
-                entry, source = entries[i], plan.sources[i]
+            for at_entry in range(bisect.bisect_right(begins, position) - 1, len(order)):
+                entry, source = entries[order[at_entry]], plan.sources[order[at_entry]]
                 if entry.offset >= end:
                     break
                 if not _lies_as_stored(source):
@@ -65,11 +66,12 @@ class Comparison:
         return copy_of
 
     def _copy_changed(self, chunk: Chunk, segments: list[Segment]) -> None:
+        notes = chunk.home.notes.hashed
         found = xxhash.xxh3_128(chunk.header)
         for source, start, size in segments:
             found.update(at(address_of(source.data) + start, size))
         if self.known.has(chunk.start // self.known.chunk_size, found.digest()):
-            chunk.tell(Hashed(chunk.part, chunk.start, chunk.size, found.hexdigest(), same=True))
+            notes.append(Hashed(chunk.home.part, chunk.start, chunk.size, found.hexdigest(), same=True))
         else:
             chunk.copy()
 

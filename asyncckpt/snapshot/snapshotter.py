@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,11 +24,11 @@ from asyncckpt.errors import TornSnapshotError
 from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.snapshot import dtypes, fence
 from asyncckpt.snapshot.arena import Arena
-from asyncckpt.snapshot.copy import SLICE, CopyJob, Piece, pieces
+from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.describe import Describer, Description, Part
-from asyncckpt.snapshot.hashed import Chunk, by_chunks
-from asyncckpt.snapshot.known import Comparison
+from asyncckpt.snapshot.hashed import Chunk, Home, Notes, by_chunks
+from asyncckpt.snapshot.known import Comparison, CopyOf
 from asyncckpt.snapshot.plan import PartPlan, Source
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.messages import Hashed, Known
@@ -156,8 +155,7 @@ class Snapshotter:
         self._helper_count = 0
         self._describer = Describer(exports or {})
         self._splits: weakref.WeakKeyDictionary[Part, _Split] = weakref.WeakKeyDictionary()
-        self._hashed: weakref.WeakKeyDictionary[Arena, deque[Hashed]] = weakref.WeakKeyDictionary()
-        """What has been hashed of the snapshot in each arena, and not been told."""
+        self._notes: weakref.WeakKeyDictionary[Arena, Notes] = weakref.WeakKeyDictionary()
         self._owned: fence.Owned | None = None
         self._torn: set[str] = set()
         self._warned = False
@@ -184,8 +182,7 @@ class Snapshotter:
         """
         owned = self._owned_by(what.optimizers) if overlap else None
         device = DeviceCopies(self._streams)
-        hashed = self._hashed.setdefault(arena, deque())
-        hashed.clear()
+        hashed = self._notes.setdefault(arena, Notes()).renew()
         now = [
             _put(arena, what.trees_offset, what.trees),
             *(_put(arena, base, what.parts[name].plan.image.header) for name, base, size in what.spans if size),
@@ -219,7 +216,9 @@ class Snapshotter:
                 detached = _detach_eager(plan, split.eager)
                 at_once = detached is None
                 plan = detached or plan
-            comparison = Comparison(known[name]) if name in known else None
+            comparison = None
+            if name in known and known[name].chunk_size == CHUNK_SIZE:
+                comparison = Comparison(known[name])
             program = self._program(name, part, plan, split, base, arena, comparison)
             now.extend(program.eager)
             later.extend(program.late)
@@ -250,8 +249,12 @@ class Snapshotter:
             now = []
         fence.take_off(snapshot)
         job = snapshot.start(now + later, end, arena)
-        self.pool.submit(job.work)
-        return snapshot
+        try:
+            self.pool.submit(job.work)
+            return snapshot
+        except BaseException as error:
+            job.abandon(error)
+            raise
 
     def _owned_by(self, optimizers: list[Optimizer]) -> fence.Owned:
         if self._owned is None or not self._owned.holds(optimizers):
@@ -298,19 +301,26 @@ class Snapshotter:
                 return program
             if comparison is not None and program.comparison is not None and program.comparison.renew(comparison):
                 return program
-        copy_of: Callable[[Chunk], Callable[[], None]] = lambda chunk: chunk.copy  # noqa: E731
-        step = CHUNK_SIZE
-        if comparison is not None:
-            copy_of, step = comparison.copies(plan), comparison.known.chunk_size
+        home = Home(name, plan.image, base, arena.memory, self._notes[arena])
+        copy_of: CopyOf = (lambda chunk: chunk.copy) if comparison is None else comparison.copies(plan)
         on_host = [source.data.device.type != "cuda" for source in plan.sources]
-        tell = self._hashed[arena].append
-        eager, late = (
-            list(by_chunks(found, name, plan.image, base, arena.memory, tell, step, copy_of))
-            for found in (
-                pieces(plan, [i for i in which if on_host[i]], base, arena, min(SLICE, step))
-                for which in (split.eager, split.late)
-            )
+        found, waiting = (
+            pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late)
         )
+        waits = {piece.offset for piece in waiting}
+        found = sorted(found + waiting, key=lambda piece: piece.offset)
+        eager: list[Piece] = []
+        late: list[Piece] = []
+        for these in by_chunks(found, home, CHUNK_SIZE):
+            if isinstance(these, Chunk):
+                begin, how_many = these.pieces[0].offset, sum(piece.offset in waits for piece in these.pieces)
+                if comparison is not None or how_many in (0, len(these.pieces)):
+                    piece = Piece(begin, base + these.start + these.size - begin, copy_of(these))
+                    (late if how_many == len(these.pieces) else eager).append(piece)
+                    continue
+                these = list(these.pieces)
+            for piece in these:
+                (late if piece.offset in waits else eager).append(piece)
         made = _Program(base, eager, late, comparison)
         if plan is part.plan:
             split.programs[arena] = made
@@ -323,11 +333,15 @@ class Snapshotter:
             if self._helpers is not None:
                 self._helpers.shutdown()
             self._helpers, self._helper_count = DaemonPool(count, "asyncckpt-copy"), count
-        for _ in range(count):
-            assert self._helpers is not None
-            self._helpers.submit(job.work)
-        job.work()
-        job.wait()
+        try:
+            for _ in range(count):
+                assert self._helpers is not None
+                self._helpers.submit(job.work)
+            job.work()
+            job.wait()
+        except BaseException as error:  # a signal's handler may raise anywhere, and the arena is another's then
+            job.abandon(error)
+            raise
 
     def _guard_loading(self, what: Description) -> None:
         for part in what.parts.values():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from asyncckpt.errors import CheckpointError
+from asyncckpt.errors import CheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.image import Entry, header_size, parse_header
 from asyncckpt.format.manifest import CHUNK_SIZE as CHUNK_SIZE
@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # numpy is loaded only where it is wanted
 log = logging.getLogger("asyncckpt")
 
 _MOST = 4
-"""Chunks of one hop: what the event loop does for a hop takes as long as a core hashes a chunk."""
+"""Chunks of one hop: what the event loop does for a hop takes as long as a core hashes a chunk. A save that is dropped
+waits for hops that are begun."""
 
 
 class DroppedSave(CheckpointError):
@@ -252,12 +253,13 @@ class Attempt:
     def _hop(self, writer: PartWriter, span: Span, start: int, end: int, scan: FiniteScan | None) -> None:
         for begin in range(start, end, CHUNK_SIZE):
             index, hashed = begin // CHUNK_SIZE, self._save.hashed.get((span.part, begin))
-            if hashed is not None and hashed.same:
-                writer.same(index, hashed.size, hashed.digest)
-                continue
             data = self._save.memory[span.offset + begin : span.offset + min(begin + CHUNK_SIZE, end)]
-            fits = hashed is not None and hashed.size == len(data)
-            writer.write(index, data, hashed.digest if hashed is not None and fits else digest(data))
+            if hashed is not None and hashed.size != len(data):
+                raise StorageError(f"chunk {index} of {span.part!r} was hashed as one of {hashed.size} bytes")
+            if hashed is not None and hashed.same:
+                writer.same(index, len(data), hashed.digest)
+                continue
+            writer.write(index, data, digest(data) if hashed is None else hashed.digest)
             if scan is not None:
                 scan.look(begin, data)
 

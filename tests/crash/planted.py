@@ -205,9 +205,9 @@ def fsync_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 def worker_error_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
     write = RawPart.write
 
-    def write_carelessly(self: RawPart, index: int, data: memoryview) -> None:
+    def write_carelessly(self: RawPart, index: int, data: memoryview, found: str) -> None:
         with contextlib.suppress(StorageError):
-            write(self, index, data)
+            write(self, index, data, found)
 
     monkeypatch.setattr(RawPart, "write", write_carelessly)
 

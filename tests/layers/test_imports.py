@@ -174,3 +174,9 @@ def test_only_conversions_reach_what_is_pickled() -> None:
 def test_in_a_real_process_torch_is_not_loaded(module: str) -> None:
     code = f"import {module}, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def test_a_machine_of_the_other_byte_order_is_told() -> None:
+    code = "import sys; sys.byteorder = 'big'; import asyncckpt"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert told.returncode and "byte order" in told.stderr

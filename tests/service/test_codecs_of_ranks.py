@@ -24,8 +24,9 @@ from asyncckpt.read.reader import CheckpointReader
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.testing import RanksDriver
 from asyncckpt.testing.service import Value
-from asyncckpt.write import pipeline, ranks
+from asyncckpt.write import ranks
 from asyncckpt.write.bases import Base
+from tests.support import chunks
 
 DELTA = Codec("delta", max_chain=3)
 CHUNK = 1 << 16
@@ -33,7 +34,7 @@ CHUNK = 1 << 16
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_SIZE", CHUNK)
+    chunks.make_small(monkeypatch, CHUNK)
 
 
 @pytest.fixture

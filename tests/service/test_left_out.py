@@ -22,7 +22,7 @@ from asyncckpt.snapshot.hashed import Chunk
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.write import messages as m
-from asyncckpt.write import pipeline
+from tests.support import chunks
 
 CHUNK = 1 << 14
 LEFT_OUT: list[m.Hashed] = []
@@ -31,7 +31,7 @@ LEFT_OUT: list[m.Hashed] = []
 @pytest.fixture(autouse=True)
 def seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small chunks, for a writer in this process; what the writer is told to be the same is noted."""
-    monkeypatch.setattr(pipeline, "CHUNK_SIZE", CHUNK)
+    chunks.make_small(monkeypatch, CHUNK)
     LEFT_OUT.clear()
     tell_the_writer(monkeypatch, lambda same: same)
 
@@ -97,6 +97,19 @@ def test_frozen_layers_are_left_out_and_come_back(tmp_path: Path, overlap: Any, 
         assert asyncckpt.open(tmp_path).verify(number) == number and equals(tmp_path, number, saved[number])
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_chunks_of_parameters_and_buffers_are_left_out(tmp_path: Path, overlap: Any) -> None:
+    """What waits for the fence and what does not may lie in one chunk."""
+    layers = (nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)) for _ in range(12))
+    net = nn.Sequential(*layers)
+    state = {"model": net, "optimizer": torch.optim.SGD(net.parameters(), 0.1)}
+    with checkpointer(tmp_path, overlap=overlap, codec="incremental") as ckpt:
+        for number in range(1, 6):
+            LEFT_OUT.clear()
+            assert ckpt.save(number, state).result(60) == "committed"
+    assert sum(chunk.size for chunk in LEFT_OUT) > sum(tensor.nbytes for tensor in net.state_dict().values())
+
+
 def through_data(p: torch.Tensor) -> None:
     p.data[3, 3] += 1
 
@@ -151,7 +164,7 @@ def test_a_planted_trust_in_counters_is_found(tmp_path: Path, monkeypatch: pytes
         if versions.setdefault(chunk.start, now) == now:
             index = chunk.start // self.known.chunk_size
             digest = self.known.digests[16 * index : 16 * index + 16].hex()
-            chunk.tell(m.Hashed(chunk.part, chunk.start, chunk.size, digest, same=True))
+            chunk.home.notes.hashed.append(m.Hashed(chunk.home.part, chunk.start, chunk.size, digest, same=True))
         else:
             compare(self, chunk, segments)
 
@@ -270,8 +283,9 @@ def test_a_random_life_comes_back_bit_for_bit(tmp_path: Path, seed: int) -> None
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_with_a_writer_of_its_own(tmp_path: Path, overlap: Any) -> None:
+def test_with_a_writer_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: Any) -> None:
     """Chunks of 8 MiB, through the socket; the writer is killed meanwhile, and the next one knows of nothing."""
+    chunks.make_small(monkeypatch, 8 << 20)
     net = model(1024, 12)
     state = training(net)
     with checkpointer(tmp_path, writer="process", overlap=overlap) as ckpt:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import xxhash
+from msgspec import structs
 from torch import nn
 
 import asyncckpt
 from asyncckpt.format import names
-from asyncckpt.snapshot import snapshotter
+from asyncckpt.snapshot.copy import CopyJob
 from asyncckpt.snapshot.hashed import Chunk
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.write import messages as m
-from asyncckpt.write import pipeline
+from asyncckpt.write.pipeline import Attempt
+from tests.support import chunks
 from tests.support.torch_states import difference
 
 CHUNK = 1 << 16
@@ -27,19 +30,19 @@ CHUNK = 1 << 16
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> list[m.Hashed]:
     """Small chunks, for a writer in this process; what it is told of them."""
-    monkeypatch.setattr(pipeline, "CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr(snapshotter, "CHUNK_SIZE", CHUNK)
-    take, heard = Snapshotter.take, list[m.Hashed]()
+    chunks.make_small(monkeypatch, CHUNK)
+    heard = list[m.Hashed]()
+    tell_the_writer(monkeypatch, lambda hashed: heard.extend(hashed) or hashed)
+    return heard
+
+
+def tell_the_writer(monkeypatch: pytest.MonkeyPatch, change: Callable[[list[m.Hashed]], list[m.Hashed]]) -> None:
+    take = Snapshotter.take
 
     def spying(self: Snapshotter, what: Any, arena: Any, overlap: bool, staged: Any, *rest: Any) -> Any:
-        def hear(upto: int, hashed: list[m.Hashed]) -> None:
-            heard.extend(hashed)
-            staged(upto, hashed)
-
-        return take(self, what, arena, overlap, hear, *rest)
+        return take(self, what, arena, overlap, lambda upto, hashed: staged(upto, change(hashed)), *rest)
 
     monkeypatch.setattr(Snapshotter, "take", spying)
-    return heard
 
 
 def tensors(rng: random.Random, strided: bool) -> dict[str, torch.Tensor]:
@@ -76,7 +79,7 @@ def test_digests_are_those_of_the_bytes_written(tmp_path: Path, told: list[m.Has
             places = [(chunk.part, chunk.start) for chunk in told]
             assert len(places) == len(set(places))
             if not strided:
-                assert len(places) >= sum((len(data) - 1) // CHUNK for data in images.values())
+                assert len(places) == sum(-(-len(data) // CHUNK) for data in images.values())
             assert ckpt.verify(step) == step
     back = {part: dict.fromkeys(value, 0) for part, value in state.items()}
     assert asyncckpt.restore(tmp_path, back) == 3 and difference(back, state) is None
@@ -84,7 +87,7 @@ def test_digests_are_those_of_the_bytes_written(tmp_path: Path, told: list[m.Has
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_of_a_training(tmp_path: Path, told: list[m.Hashed], overlap: bool) -> None:
-    """Parameters behind the fence and buffers before it, an export that is cast, and a second arena."""
+    """Parameters behind the fence and buffers before it, and an export that is cast."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300), nn.Linear(300, 300))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -97,12 +100,30 @@ def test_of_a_training(tmp_path: Path, told: list[m.Hashed], overlap: bool) -> N
             ckpt.save(step, state)
         ckpt.wait_until_flushed()
         assert [ckpt.verify(step) for step in ckpt.steps()] == [1, 2, 3, 4, 5]
-    assert {chunk.part for chunk in told} >= {"model", "optimizer"}
+    assert {chunk.part for chunk in told} >= {"model", "model-bf16", "optimizer"}
     assert not any(chunk.same for chunk in told)
 
 
-def save_beside_a_writer(root: Path) -> None:
-    """Save what another thread never stops to change, then verify all."""
+def test_what_is_told_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong digest is told: what is read back is not that, and nobody gets it."""
+    tell_the_writer(monkeypatch, lambda hashed: [structs.replace(chunk, digest="0" * 32) for chunk in hashed])
+    with asyncckpt.Checkpointer(tmp_path, writer="thread") as ckpt:
+        ckpt.save(1, {"state": {"t": torch.randn(1 << 16)}}).result(60)
+        with pytest.raises(asyncckpt.CorruptCheckpointError, match="is not what was committed"):
+            ckpt.verify(1)
+
+
+def test_chunks_of_another_size_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell_the_writer(monkeypatch, lambda hashed: [structs.replace(chunk, size=chunk.size - 1) for chunk in hashed])
+    with asyncckpt.Checkpointer(tmp_path, writer="thread", on_error="warn") as ckpt:
+        handle = ckpt.save(1, {"state": {"t": torch.randn(1 << 16)}})
+        with pytest.raises(asyncckpt.StorageError, match="hashed as one of"):
+            handle.result(60)
+        assert ckpt.steps() == []
+
+
+def test_what_changes_while_it_is_copied_is_one_checkpoint_still(tmp_path: Path) -> None:
+    """Its values are of several moments, which nobody can help; but it is never one that can't be read."""
     changing = torch.zeros(1 << 20)
     over = threading.Event()
 
@@ -113,35 +134,84 @@ def save_beside_a_writer(root: Path) -> None:
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        with asyncckpt.Checkpointer(root, writer="thread", keep=asyncckpt.Keep(last=20)) as ckpt:
+        with asyncckpt.Checkpointer(tmp_path, writer="thread", keep=asyncckpt.Keep(last=20)) as ckpt:
             for step in range(1, 11):
                 ckpt.save(step, {"state": {"t": changing}})
             ckpt.wait_until_flushed()
-            for step in ckpt.steps():
-                ckpt.verify(step)
+            assert [ckpt.verify(step) for step in ckpt.steps()] == list(range(1, 11))
     finally:
         over.set()
         thread.join()
 
 
-def test_what_changes_while_it_is_copied_is_one_checkpoint_still(tmp_path: Path) -> None:
-    """Its values are of several moments, which nobody can help; but it is never one that can't be read."""
-    save_beside_a_writer(tmp_path)
+def test_a_planted_hash_of_what_was_there_before_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashed, then changed, then copied: what a digest of the source in place of the arena would be."""
+    changing = torch.zeros(1 << 16)
+    copy = Chunk.copy
 
-
-def test_a_planted_hash_of_what_is_copied_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digest of the source, taken before the copy, in place of that of the arena."""
-
-    def copy(self: Chunk) -> None:
+    def hash_first(self: Chunk) -> None:
+        copy(self)
+        changing.add_(1)
         for piece in self.pieces:
             piece.copy()
-        before = xxhash.xxh3_128_hexdigest(
-            self.header + b"".join(self.memory[p.offset : p.offset + p.size] for p in self.pieces)
-        )
-        for piece in self.pieces:
-            piece.copy()
-        self.tell(m.Hashed(self.part, self.start, self.size, before))
 
-    monkeypatch.setattr(Chunk, "copy", copy)
-    with pytest.raises(asyncckpt.CorruptCheckpointError):
-        save_beside_a_writer(tmp_path)
+    monkeypatch.setattr(Chunk, "copy", hash_first)
+    with asyncckpt.Checkpointer(tmp_path, writer="thread") as ckpt:
+        ckpt.save(1, {"state": {"t": changing}}).result(60)
+        with pytest.raises(asyncckpt.CorruptCheckpointError):
+            ckpt.verify(1)
+
+
+@pytest.mark.parametrize("codec", ["raw", "incremental"])
+def test_what_an_interrupted_save_still_copies_never_meets_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: Any
+) -> None:
+    """A signal's handler raises in `save` while a helper is in the middle of a chunk; the next save has its arena."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    main, first, take, hop = threading.main_thread(), Chunk.copy, CopyJob._take, Attempt._hop
+    held, go_on, left = threading.Event(), threading.Event(), threading.Event()
+    interrupting = False
+
+    def slow(self: Chunk) -> None:
+        if interrupting and threading.current_thread() is not main:
+            held.set()
+            go_on.wait(1.0)  # the longest that it can be waited for
+            first(self)
+            left.set()
+        else:
+            first(self)
+
+    def interrupted(self: CopyJob) -> int | None:
+        if interrupting and threading.current_thread() is main:
+            assert held.wait(30)
+            raise KeyboardInterrupt
+        return take(self)
+
+    def write(self: Attempt, *args: Any) -> None:
+        assert not held.is_set() or left.wait(30)
+        hop(self, *args)
+
+    monkeypatch.setattr(Chunk, "copy", slow)
+    monkeypatch.setattr(CopyJob, "_take", interrupted)
+    monkeypatch.setattr(Attempt, "_hop", write)
+    tensor = torch.zeros(1 << 16)
+    try:
+        with asyncckpt.Checkpointer(tmp_path, writer="thread", codec=codec, max_in_flight=1, on_error="warn") as ckpt:
+            state = {"state": {"t": tensor}}
+            ckpt.save(1, state).result(60)
+            tensor.add_(1)
+            interrupting = True
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.save(2, state)
+            interrupting = False
+            saved = tensor.add_(1).clone()
+            handle = ckpt.save(3, state)
+            tensor.add_(1)
+            go_on.set()
+            assert handle.result(60) == "committed" and ckpt.verify(3) == 3
+            back = {"state": {"t": torch.zeros(1 << 16)}}
+            asyncckpt.restore(tmp_path, back, step=3)
+            assert torch.equal(back["state"]["t"], saved)
+    finally:
+        torch.set_num_threads(before)
