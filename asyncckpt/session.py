@@ -194,10 +194,13 @@ class Session:
                     if writer is self._link.writer:
                         known = {} if self._flights else self._known
                         self._flights[flight.number] = flight
+                        share = arena.id not in self._shared
+                        self._shared.add(
+                            arena.id
+                        )  # here: should this writer end meanwhile, its end takes it away again
                         break
-            if arena.id not in self._shared:
+            if share:
                 writer.share(arena)
-                self._shared.add(arena.id)
                 arena.before_close.append(partial(self._forget, arena.id))
             spans, exports = [m.Span(*span) for span in what.spans], list(what.exports)
             about = handle.step, arena.id, spans, replace, metrics, what.omitted, exports, member
@@ -207,6 +210,7 @@ class Session:
                 what, arena, overlap, staged, lambda error: self._copied(flight, writer, seal, error), known
             )
         except BaseException as error:
+            self._shared.discard(arena.id)  # it may not have come so far; twice does no harm
             if flight is not None and flight.number in self._flights:
                 self._copied(flight, writer, seal, error)
             raise

@@ -138,6 +138,23 @@ def test_a_writer_that_can_take_no_arena_is_told_and_replaced(tmp_path, what):
         assert ckpt.stats().writer_pid != writer
 
 
+def test_a_writer_that_dies_of_an_arena_leaves_none_to_the_next(tmp_path, monkeypatch):
+    """Its end is heard of before the call that gave it the arena has returned."""
+    with asyncckpt.Checkpointer(tmp_path / "run", on_error="warn") as ckpt:
+        with monkeypatch.context() as deadly:
+            share = client.ProcessWriter.share
+
+            def share_and_die(self, arena):
+                share(self, arena)
+                os.kill(self.pid, signal.SIGKILL)
+                assert self.join(PATIENCE)
+
+            deadly.setattr(client.ProcessWriter, "share", share_and_die)
+            with pytest.raises(asyncckpt.StorageError, match=r"the writer .* before step 1"):
+                ckpt.save(1, STATE).result(PATIENCE)
+        assert ckpt.save(1, STATE).result(PATIENCE) == "committed" and ckpt.verify() == 1
+
+
 @pytest.mark.parametrize("what", ["ulimit -v 40000", "ulimit -n 5"])
 def test_a_writer_that_cannot_even_start_is_told(tmp_path, monkeypatch, what):
     """It has the limits of its trainer, which may be met by anything in it, an import as well as a thread."""
