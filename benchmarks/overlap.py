@@ -170,9 +170,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the results (overlap-DEVICE; with --quick quick)")
     parser.add_argument("--timeline", default="asyncckpt", choices=peers.NAMES, metavar="PEER")
     parser.add_argument("--show", action="store_true", help="measure nothing; show the results of that name")
-    parser.add_argument(
-        "--markdown", nargs="?", const="-", metavar="FILE", help="print the tables so, or put them between FILE's marks"
-    )
+    marks = "print the tables so, or put the brief one between FILE's marks"
+    parser.add_argument("--markdown", nargs="?", const="-", metavar="FILE", help=marks)
     arguments = parser.parse_args()
     quick = arguments.quick
     arguments.size = arguments.size or ("4m" if quick else "100m")
@@ -216,7 +215,7 @@ def main() -> None:
         console = Console()
         report.show(result, console if console.is_terminal else Console(width=220))
         if arguments.markdown:
-            report.put_into(Path(arguments.markdown), report.markdown(result))
+            report.put_into(Path(arguments.markdown), report.brief(result))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def headline(result: Result) -> str:
     ratio = f" = {result.step.median / copy:.1f}x the copy of the state by one thread" if result.step and copy else ""
     return (
         f"GPT {shape['size']} {shape['dtype']} on {shape['device']}, AdamW, {size / 1e9:.2f} GB of state, "
-        f"{shape['threads']} threads, {run['rounds']} round(s), torch {run['torch']}. Step {step}{ratio}. {where}."
+        f"{shape['threads']} threads, torch {run['torch']}. Step {step}{ratio}. {where}."
     )
 
 
@@ -165,6 +165,40 @@ def markdown(result: Result) -> str:
         parts.append(f"**{title}**\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells))
     parts.extend(f"- {note}" for note in notes(result))
     return "\n\n".join(parts) + "\n"
+
+
+def brief(result: Result) -> str:
+    """What matters most, peer by peer: ours first, then by what a save costs the training."""
+    copy, size = _memcpy(result), result.floors.get("size", 0)
+    write = machine.best(result.floors, "write_fresh")
+    head = ["", "save tax", "in copies", "`save` blocks", "committed after; share of a direct write"]
+    head += ["memory beside the training", "survives `kill -9`; fsynced"]
+    rows = []
+    measured = [peer for peer in result.peers if peer.tax.get(1) and peer.name != "none"]
+    for peer in sorted(measured, key=lambda peer: (not _ours(peer), peer.tax[1].median)):  # type: ignore[union-attr]
+        tax, blocked, done = peer.tax[1], peer.blocked.get(1), peer.committed
+        assert tax is not None
+        share = f"; {write / done.median:.0%}" if done and write else ""
+        rows.append(
+            [
+                peer.name,
+                f"{tax.median:.2f} s [{tax.low:.2f}, {tax.high:.2f}]",
+                f"{tax.median / copy:.1f}x" if copy else "-",
+                f"{blocked.median:.3f} s" if blocked else "-",
+                f"{done.median:.2f} s{share}" if done else "-",
+                f"{peer.memory.median / size:.1f}x the state" if peer.memory and size else "-",
+                f"{peer.killed or '-'}; {peer.fsynced or peer.errors.get('fsync', '-')}",
+            ]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    failed = [f"- {peer.name}: {peer.errors['timing']}" for peer in result.peers if "timing" in peer.errors]
+    counts = sorted({peer.rounds for peer in measured}, reverse=True)
+    rounds = ", ".join(f"{count} of {', '.join(p.name for p in measured if p.rounds == count)}" for count in counts)
+    return "\n".join([headline(result), "", *lines, "", *failed, f"Rounds: {rounds}.", ""])
+
+
+def _ours(peer: Summary) -> bool:
+    return peer.name.startswith("asyncckpt")
 
 
 def put_into(path: Path, text: str) -> None:

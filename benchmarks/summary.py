@@ -16,6 +16,7 @@ class Summary:
     """One peer. Seconds, bytes and ratios; None where nothing was measured, and `errors` then says why."""
 
     name: str
+    rounds: int = 0
     first: Spread | None = None
     """Blocked by the first save."""
     blocked: dict[int, Spread | None] = field(default_factory=dict)
@@ -55,7 +56,7 @@ def summarise(records: list[Record]) -> Result:
 
 
 def _peer(name: str, records: list[Record]) -> Summary:
-    out = Summary(name)
+    out = Summary(name, len({record["round"] for record in records if record["kind"] == "window"}))
     windows = list(_with_baseline(records))
     busy = [(window, base) for window, base in windows if window["every"]]
     out.first = spread([s["blocked"] for r in records if r["kind"] == "first" for s in r["saves"]])

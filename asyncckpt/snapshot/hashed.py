@@ -6,7 +6,7 @@ Hashing follows the copy, slice by slice, and reads the arena: a digest is that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import xxhash
@@ -39,13 +39,19 @@ class Home:
 
 
 @dataclass(slots=True)
-class Chunk:
+class Group:
+    """Pieces that begin in one chunk, in order."""
+
+    pieces: Sequence[Piece]
+
+
+@dataclass(slots=True)
+class Chunk(Group):
     """`size` bytes at `start` of an image: of its header, which somebody else copies, then of `pieces`."""
 
     home: Home
     start: int
     size: int
-    pieces: Sequence[Piece]
 
     @property
     def header(self) -> bytes:
@@ -59,9 +65,14 @@ class Chunk:
             found.update(memory[piece.offset : piece.offset + piece.size])
         notes.append(Hashed(self.home.part, self.start, self.size, found.hexdigest()))
 
+    def as_piece(self, copy: Callable[[], None]) -> Piece:
+        """All of them in one, which `copy` copies."""
+        begin = self.pieces[0].offset
+        return Piece(begin, self.home.base + self.start + self.size - begin, copy)
 
-def by_chunks(pieces: Sequence[Piece], home: Home, step: int) -> Iterator[list[Piece] | Chunk]:
-    """The same pieces, those of each chunk together, which are all that is in it but for the header, or just some.
+
+def by_chunks(pieces: Sequence[Piece], home: Home, step: int) -> Iterator[Group]:
+    """The same pieces, those of each chunk together, as a `Chunk` where they are all that is in it but for the header.
 
     They are in order, and of one image, whose chunks have `step` bytes.
     """
@@ -74,12 +85,12 @@ def by_chunks(pieces: Sequence[Piece], home: Home, step: int) -> Iterator[list[P
         these = pieces[first:i]
         begin = max(start, min(len(home.image.header), end))
         if these and _fill(these, home.base + begin, home.base + end):
-            yield Chunk(home, start, end - start, these)
+            yield Chunk(these, home, start, end - start)
         else:
-            yield list(these)
+            yield Group(these)
 
 
-def _fill(pieces: Iterable[Piece], position: int, end: int) -> bool:
+def _fill(pieces: Sequence[Piece], position: int, end: int) -> bool:
     """Whether they hold all bytes from `position` to `end`, and no others."""
     for piece in pieces:
         if piece.offset != position:

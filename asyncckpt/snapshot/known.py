@@ -38,17 +38,18 @@ class Comparison:
         self.known = new
         return True
 
-    def copies(self, plan: PartPlan) -> CopyOf:
-        """For each chunk of the part what copies it; where it can be compared where it lies, only if it has changed."""
+    def copies(self, plan: PartPlan, step: int) -> CopyOf:
+        """For each chunk of the part, of `step` bytes, what copies it; where it can be compared where it lies, only if
+        it has changed."""
         known, entries = self.known, plan.image.entries
         marks = _marks(known)
-        if plan.image.size != known.size or len(marks) != -(-known.size // known.chunk_size):
+        if (plan.image.size, step) != (known.size, known.chunk_size) or len(marks) != -(-known.size // step):
             return lambda chunk: chunk.copy
         order = sorted((i for i in range(len(entries)) if entries[i].nbytes), key=lambda i: entries[i].offset)
         begins = [entries[i].offset for i in order]
 
         def copy_of(chunk: Chunk) -> Callable[[], None]:
-            if not marks[chunk.start // known.chunk_size]:
+            if not marks[chunk.start // step]:
                 return chunk.copy
             segments: list[Segment] = []
             position, end = chunk.start + len(chunk.header), chunk.start + chunk.size

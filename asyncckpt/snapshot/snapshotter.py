@@ -21,31 +21,21 @@ import torch
 from torch.optim import Optimizer
 
 from asyncckpt.errors import TornSnapshotError
-from asyncckpt.format.manifest import CHUNK_SIZE
 from asyncckpt.snapshot import dtypes, fence
 from asyncckpt.snapshot.arena import Arena
-from asyncckpt.snapshot.copy import CopyJob, Piece, pieces
+from asyncckpt.snapshot.copy import CopyJob, Piece
 from asyncckpt.snapshot.cuda import DeviceCopies, pin
 from asyncckpt.snapshot.describe import Describer, Description, Part
-from asyncckpt.snapshot.hashed import Chunk, Home, Notes, by_chunks
-from asyncckpt.snapshot.known import Comparison, CopyOf
+from asyncckpt.snapshot.hashed import Home, Notes
+from asyncckpt.snapshot.known import Comparison
 from asyncckpt.snapshot.plan import PartPlan, Source
+from asyncckpt.snapshot.program import Program, program_of
 from asyncckpt.snapshot.torn import Look, Watched
 from asyncckpt.write.messages import Hashed, Known
 from asyncckpt.write.workers import DaemonPool
 
 log = logging.getLogger("asyncckpt")
 MAX_THREADS = 8
-
-
-@dataclass
-class _Program:
-    """The pieces that copy one part into one arena."""
-
-    base: int
-    eager: list[Piece]
-    late: list[Piece]
-    comparison: Comparison | None
 
 
 @dataclass
@@ -57,7 +47,7 @@ class _Split:
     eager: list[int]
     late: list[int]
     watched: Watched
-    programs: weakref.WeakKeyDictionary[Arena, _Program] = field(default_factory=weakref.WeakKeyDictionary)
+    programs: weakref.WeakKeyDictionary[Arena, Program] = field(default_factory=weakref.WeakKeyDictionary)
 
 
 class Snapshot:
@@ -182,7 +172,8 @@ class Snapshotter:
         """
         owned = self._owned_by(what.optimizers) if overlap else None
         device = DeviceCopies(self._streams)
-        hashed = self._notes.setdefault(arena, Notes()).renew()
+        notes = self._notes.setdefault(arena, Notes())
+        hashed = notes.renew()
         now = [
             _put(arena, what.trees_offset, what.trees),
             *(_put(arena, base, what.parts[name].plan.image.header) for name, base, size in what.spans if size),
@@ -216,10 +207,9 @@ class Snapshotter:
                 detached = _detach_eager(plan, split.eager)
                 at_once = detached is None
                 plan = detached or plan
-            comparison = None
-            if name in known and known[name].chunk_size == CHUNK_SIZE:
-                comparison = Comparison(known[name])
-            program = self._program(name, part, plan, split, base, arena, comparison)
+            comparison = Comparison(known[name]) if name in known else None
+            home = Home(name, plan.image, base, arena.memory, notes)
+            program = self._program(part, plan, split, home, arena, comparison)
             now.extend(program.eager)
             later.extend(program.late)
             if split.late:
@@ -285,46 +275,15 @@ class Snapshotter:
         return all(owned.covers(t) for t in source.live)
 
     def _program(
-        self,
-        name: str,
-        part: Part,
-        plan: PartPlan,
-        split: _Split,
-        base: int,
-        arena: Arena,
-        comparison: Comparison | None,
-    ) -> _Program:
-        """The pieces that copy a part; kept while nothing of it changes."""
+        self, part: Part, plan: PartPlan, split: _Split, home: Home, arena: Arena, comparison: Comparison | None
+    ) -> Program:
+        """What copies a part; kept while nothing of it changes."""
         program = split.programs.get(arena)
-        if program is not None and program.base == base and plan is part.plan:
-            if comparison is program.comparison is None:
-                return program
-            if comparison is not None and program.comparison is not None and program.comparison.renew(comparison):
-                return program
-        home = Home(name, plan.image, base, arena.memory, self._notes[arena])
-        copy_of: CopyOf = (lambda chunk: chunk.copy) if comparison is None else comparison.copies(plan)
-        on_host = [source.data.device.type != "cuda" for source in plan.sources]
-        found, waiting = (
-            pieces(plan, [i for i in which if on_host[i]], base, arena) for which in (split.eager, split.late)
-        )
-        waits = {piece.offset for piece in waiting}
-        found = sorted(found + waiting, key=lambda piece: piece.offset)
-        eager: list[Piece] = []
-        late: list[Piece] = []
-        for these in by_chunks(found, home, CHUNK_SIZE):
-            if isinstance(these, Chunk):
-                begin, how_many = these.pieces[0].offset, sum(piece.offset in waits for piece in these.pieces)
-                if comparison is not None or how_many in (0, len(these.pieces)):
-                    piece = Piece(begin, base + these.start + these.size - begin, copy_of(these))
-                    (late if how_many == len(these.pieces) else eager).append(piece)
-                    continue
-                these = list(these.pieces)
-            for piece in these:
-                (late if piece.offset in waits else eager).append(piece)
-        made = _Program(base, eager, late, comparison)
-        if plan is part.plan:
-            split.programs[arena] = made
-        return made
+        if program is None or plan is not part.plan or not program.serves(home, comparison):
+            program = program_of(plan, split.eager, split.late, home, arena, comparison)
+            if plan is part.plan:
+                split.programs[arena] = program
+        return program
 
     def _all_hands(self, job: CopyJob) -> None:
         """Run a job on all of torch's threads, this one among them, and return when it is over."""
