@@ -194,10 +194,9 @@ class Session:
                     if writer is self._link.writer:
                         known = {} if self._flights else self._known
                         self._flights[flight.number] = flight
+                        # Under this lock: should the writer end before it has the arena, its end takes that back.
                         share = arena.id not in self._shared
-                        self._shared.add(
-                            arena.id
-                        )  # here: should this writer end meanwhile, its end takes it away again
+                        self._shared.add(arena.id)
                         break
             if share:
                 writer.share(arena)

@@ -194,7 +194,8 @@ def brief(result: Result) -> str:
     failed = [f"- {peer.name}: {peer.errors['timing']}" for peer in result.peers if "timing" in peer.errors]
     counts = sorted({peer.rounds for peer in measured}, reverse=True)
     rounds = ", ".join(f"{count} of {', '.join(p.name for p in measured if p.rounds == count)}" for count in counts)
-    return "\n".join([headline(result), "", *lines, "", *failed, f"Rounds: {rounds}.", ""])
+    versions = ", ".join(f"{name} {version}" for name, version in result.run["versions"].items())
+    return "\n".join([headline(result), "", *lines, "", *failed, f"Rounds: {rounds}. Versions: {versions}.", ""])
 
 
 def _ours(peer: Summary) -> bool:

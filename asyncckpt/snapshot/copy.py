@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 
 def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> list[Piece]:
-    """The pieces that copy the sources `which` of a part whose image begins at `base`, in order.
+    """The pieces that copy the sources `which` of a part whose image begins at `base`.
 
     Of what is contiguous in CPU memory each lies in one slice of the image.
     """
@@ -76,7 +76,6 @@ def pieces(plan: PartPlan, which: Iterable[int], base: int, arena: Arena) -> lis
         items = sum(t.numel() for t in run)
         target = _place(arena, offset, (items,), dtype)
         found.append(Piece(offset, items * dtype.itemsize, partial(_copy_many, target, run)))
-    found.sort(key=lambda piece: piece.offset)
     return found
 
 
@@ -157,7 +156,7 @@ class CopyJob:
         self._end = end
         self._arena = arena
         self._staged, self._done = staged, done
-        self._lock = threading.Condition()
+        self._changed = threading.Condition()
         self._next = 0
         self._busy: set[int] = set()
         """The threads that have taken a piece."""
@@ -196,12 +195,12 @@ class CopyJob:
 
     def abandon(self, error: BaseException) -> None:
         """Return when no other thread copies anything of it any more, or ever will."""
-        with self._lock:
+        with self._changed:
             self.error = self.error or error
-            self._lock.wait_for(lambda: self._busy <= {threading.get_ident()})
+            self._changed.wait_for(lambda: self._busy <= {threading.get_ident()})
 
     def _take(self) -> int | None:
-        with self._lock:
+        with self._changed:
             if self._next >= len(self._pieces):
                 return None
             self._busy.add(threading.get_ident())
@@ -209,9 +208,9 @@ class CopyJob:
             return self._next - 1
 
     def _complete(self, index: int) -> None:
-        with self._lock:
+        with self._changed:
             self._busy.discard(threading.get_ident())
-            self._lock.notify_all()
+            self._changed.notify_all()
             self._finished[index] = 1
             self._left -= 1
             while self._front < len(self._pieces) and self._finished[self._front]:

@@ -29,7 +29,10 @@ class Notes:
 
 @dataclass(frozen=True)
 class Home:
-    """Where the image of a part lies: at `base` of the arena that is `memory`, of which `notes` are kept."""
+    """Where the image of a part lies: at `base` of the arena that is `memory`, of which `notes` are kept.
+
+    It does not hold the arena itself: programs hang on their arenas, and would keep them for ever.
+    """
 
     part: str
     image: Image

@@ -22,8 +22,8 @@ class Program:
     eager: list[Piece] = field(default_factory=list)
     late: list[Piece] = field(default_factory=list)
 
-    def serves(self, home: Home, comparison: Comparison | None) -> bool:
-        """Whether it copies there, too, and leaves out what the `comparison` leaves out."""
+    def renew(self, home: Home, comparison: Comparison | None) -> bool:
+        """Compare as `comparison` does from now on, if this copies to that home and compares the very same chunks."""
         if self.home.base != home.base:
             return False
         if self.comparison is None or comparison is None:

@@ -279,7 +279,7 @@ class Snapshotter:
     ) -> Program:
         """What copies a part; kept while nothing of it changes."""
         program = split.programs.get(arena)
-        if program is None or plan is not part.plan or not program.serves(home, comparison):
+        if program is None or plan is not part.plan or not program.renew(home, comparison):
             program = program_of(plan, split.eager, split.late, home, arena, comparison)
             if plan is part.plan:
                 split.programs[arena] = program

@@ -19,7 +19,7 @@ import msgspec
 from asyncckpt.errors import CheckpointError, StorageError
 from asyncckpt.format import names
 from asyncckpt.format.image import Entry, header_size, parse_header
-from asyncckpt.format.manifest import CHUNK_SIZE as CHUNK_SIZE
+from asyncckpt.format.manifest import CHUNK_SIZE as CHUNK_SIZE  # also for `testing`, which tells of chunks of this size
 from asyncckpt.format.manifest import FileRecord, PartRecord, PrepareRecord, digest, encode
 from asyncckpt.policy.codec import Name
 from asyncckpt.storage.base import Storage

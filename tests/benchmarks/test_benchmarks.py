@@ -1,5 +1,6 @@
 """What the benchmark concludes from what it measured."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks import auto_overhead, durability, spread, summary
+from benchmarks import auto_overhead, durability, report, spread, summary
 
 
 def test_an_interval_holds_the_median_and_lies_within_the_samples():
@@ -53,6 +54,16 @@ def test_the_tax_is_what_a_save_adds_to_the_quiet_windows_beside_it():
     assert peer.inflation.median == pytest.approx(1.5 / 1.5)
     assert peer.blocked[1] is not None
     assert peer.blocked[1].max == 0.5
+
+
+def test_the_table_of_the_readme_is_that_of_the_results_beside_it(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    results = (root / "benchmarks" / "results" / "overlap-cpu.jsonl").read_text().splitlines()
+    readme = (root / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    report.put_into(tmp_path / "README.md", report.brief(summary.summarise([json.loads(line) for line in results])))
+    same = (tmp_path / "README.md").read_text() == readme
+    assert same, "python -m benchmarks.overlap --show --markdown README.md puts it there"
 
 
 def test_an_error_is_kept_and_one_loss_outweighs_a_survival():

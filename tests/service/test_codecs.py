@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from support import chunks
 from support.checkpoints import flip, image_of
 from support.numbers import noise, weights
 
@@ -29,7 +30,6 @@ from asyncckpt.storage.posix import Posix
 from asyncckpt.testing import ServiceDriver
 from asyncckpt.testing.service import Value
 from asyncckpt.write import bases, coding, pipeline
-from tests.support import chunks
 
 INCREMENTAL, ZSTD, DELTA = Codec("incremental"), Codec("zstd"), Codec("delta", max_chain=3)
 CHUNK = 1 << 16

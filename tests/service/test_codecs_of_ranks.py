@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from support import chunks
 from support.checkpoints import flip, image_of
 from support.numbers import weights
 
@@ -26,7 +27,6 @@ from asyncckpt.testing import RanksDriver
 from asyncckpt.testing.service import Value
 from asyncckpt.write import ranks
 from asyncckpt.write.bases import Base
-from tests.support import chunks
 
 DELTA = Codec("delta", max_chain=3)
 CHUNK = 1 << 16

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec import structs
+from support import chunks
 from torch import nn
 
 import asyncckpt
@@ -22,7 +23,6 @@ from asyncckpt.snapshot.hashed import Chunk
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.storage.local import LocalStorage
 from asyncckpt.write import messages as m
-from tests.support import chunks
 
 CHUNK = 1 << 14
 LEFT_OUT: list[m.Hashed] = []

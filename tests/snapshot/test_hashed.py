@@ -12,6 +12,8 @@ import pytest
 import torch
 import xxhash
 from msgspec import structs
+from support import chunks
+from support.torch_states import difference
 from torch import nn
 
 import asyncckpt
@@ -21,8 +23,6 @@ from asyncckpt.snapshot.hashed import Chunk
 from asyncckpt.snapshot.snapshotter import Snapshotter
 from asyncckpt.write import messages as m
 from asyncckpt.write.pipeline import Attempt
-from tests.support import chunks
-from tests.support.torch_states import difference
 
 CHUNK = 1 << 16
 
